@@ -1,0 +1,147 @@
+"""Checkpoints: a folder with `model.safetensors` (weights) and `card.json` (all there is to know).
+
+The card carries the architecture, the prior with every constant, the recipe, and the certificate:
+figures as numbers, each with the command that measured it. Nothing is ever unpickled or executed; a
+file that was truncated or altered, or that a newer library wrote, is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from pfn.transformer import Latent, Transformer, TransformerConfig
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a checkpoint says of itself; `card.json` holds exactly these fields.
+
+    `prior` is the configuration that `priors.from_config` understands, or None for a user's own
+    prior. `latent_units` says how each latent scales with the data: "x", "y", "y^2" or "".
+    """
+
+    name: str
+    architecture: TransformerConfig
+    prior: dict[str, Any] | None
+    max_context: int
+    latent_units: dict[str, str] = field(default_factory=dict)
+    latent_categories: dict[str, list[str]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    certificate: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
+    library: str = ""
+    format: int = FORMAT
+
+    @property
+    def d_range(self) -> tuple[int, int]:
+        """Numbers of features the network was trained for."""
+        return 1, self.architecture.max_features
+
+    @property
+    def n_range(self) -> tuple[int, int]:
+        """Context sizes the network was trained for."""
+        return 0, self.max_context
+
+
+def save_checkpoint(folder: Path, model: Transformer, card: ModelCard) -> ModelCard:
+    """Writes fp16 weights and card, each atomically; returns the card with the weights' digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.half().cpu().contiguous() for name, value in model.state_dict().items()}
+    blob = safetensors.torch.save(weights)
+    card = dataclasses.replace(card, weights_sha256=hashlib.sha256(blob).hexdigest(), format=FORMAT)
+    _write(folder / "model.safetensors", blob)
+    write_card(folder, card)
+    return card
+
+
+def write_card(folder: Path, card: ModelCard) -> None:
+    """Writes `card.json`, atomically."""
+    _write(folder / "card.json", (json.dumps(asdict(card), indent=1) + "\n").encode())
+
+
+def load_checkpoint(
+    folder: Path, device: str | torch.device | None = None
+) -> tuple[Transformer, ModelCard]:
+    """Returns the network, in float32 and evaluation mode, and its card.
+
+    Raises:
+        ValueError: if a file is missing, truncated, altered, or of a newer format.
+    """
+    card = read_card(folder)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"Expected weights in {path}; there is no such file.")
+    blob = path.read_bytes()
+    digest = hashlib.sha256(blob).hexdigest()
+    if digest != card.weights_sha256:
+        raise ValueError(
+            f"{path} is truncated or altered: expected SHA-256 {card.weights_sha256} as in its card;"
+            f" got {digest}. Fetch the checkpoint again."
+        )
+    try:
+        weights = safetensors.torch.load(blob)
+        model = Transformer(card.architecture)
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold the network that its card describes: {error}")
+    return model.requires_grad_(False).eval().to(device or "cpu"), card
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card of a checkpoint folder.
+
+    Raises:
+        ValueError: if there is none, or it is not a card, or of a newer format.
+    """
+    path = folder / "card.json"
+    if not path.is_file():
+        raise ValueError(f"Expected a checkpoint folder with a card.json; found none in {folder}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}. Fetch the checkpoint again.")
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise ValueError(f"{path} is not a model card: expected an object with an integer format.")
+    if content["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {content['format']}; this library reads up to {FORMAT}. Upgrade pfn."
+        )
+    try:
+        architecture = dict(content["architecture"])
+        architecture["latents"] = tuple(_build(Latent, item) for item in architecture["latents"])
+        content["architecture"] = _build(TransformerConfig, architecture)
+        return _build(ModelCard, content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a model card: {error}.")
+
+
+def _build(kind: type, content: Mapping[str, Any]) -> Any:
+    """A frozen dataclass from JSON, with the type of every plain field checked."""
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    unknown = sorted(set(content) - set(fields))
+    if unknown:
+        raise ValueError(f"unknown fields {unknown}")
+    plain = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    for name, value in content.items():
+        expected = plain.get(str(fields[name].type))
+        if expected and (not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)):
+            raise ValueError(f"expected {name} of type {fields[name].type}, got {value!r}")
+    return kind(**content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,112 @@
+"""The shipped checkpoints and the one-call interface over them: `models`, `load`, `predict`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pfn.card import ModelCard, load_checkpoint, read_card
+from pfn.data import check_context
+from pfn.model import PFN
+from pfn.predictive import Predictive
+from priors import Prior, from_config
+
+AUTOMATIC = ("gp-1d", "gp")  # in this order, the first that was trained for the data's d
+
+
+def models() -> list[ModelCard]:
+    """The cards of the shipped checkpoints, by name."""
+    return [read_card(path.parent) for path in sorted(_pretrained().glob("*/card.json"))]
+
+
+def load(
+    name: str | Path, device: str | torch.device | None = None, *, prior: Prior | None = None
+) -> PFN:
+    """A checkpoint, by shipped name or by the path of a folder that `pfn pretrain` wrote.
+
+    Args:
+        device: where the network runs; the CPU by default.
+        prior: the prior it was trained on, for a prior of your own that no card can rebuild.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or its files are damaged or too new.
+    """
+    folder = Path(name)
+    if not (folder / "card.json").is_file():
+        folder = _pretrained() / str(name)
+    if not (folder / "card.json").is_file():
+        shipped = [card.name for card in models()]
+        raise ValueError(
+            f"Expected a model among {shipped} or a folder with a card.json; got {str(name)!r}."
+        )
+    transformer, card = load_checkpoint(folder, device)
+    if prior is None and card.prior is not None:
+        prior = from_config(card.prior)
+    return PFN(transformer, card, prior)
+
+
+def predict(
+    context: Any,
+    x_query: Any,
+    *,
+    model: str | Path | PFN = "auto",
+    latent: bool = False,
+    given: Mapping[str, Any] | None = None,
+    standardize: bool = True,
+    bounds: Any = None,
+    extrapolate_n: bool = False,
+) -> Predictive:
+    """The posterior predictive at `x_query` given `context = (x, y)`, in one forward pass.
+
+    Args:
+        model: a shipped name, a path, a PFN, or "auto": "gp-1d" for one feature, "gp" for up to 12.
+        latent, given, standardize, bounds, extrapolate_n: see `PFN.condition`, `Fitted.predict`.
+
+    Returns:
+        A `Predictive` with batch_shape (m,), or (b, m) for batched tasks.
+
+    Raises:
+        ValueError: on bad data or an unknown model.
+
+    Example:
+        >>> import torch, pfn
+        >>> x = torch.linspace(0, 1, 20)
+        >>> pfn.predict((x, torch.sin(6 * x)), torch.tensor([0.5])).mean.shape
+        torch.Size([1])
+    """
+    if not isinstance(model, PFN):
+        name = _automatic(check_context(context).x.shape[-1]) if model == "auto" else model
+        model = _cached(str(name))
+    return model.predict(
+        context,
+        x_query,
+        latent=latent,
+        given=given,
+        standardize=standardize,
+        bounds=bounds,
+        extrapolate_n=extrapolate_n,
+    )
+
+
+def _automatic(d: int) -> str:
+    cards = {card.name: card for card in models()}
+    for name in AUTOMATIC:
+        if name in cards and d <= cards[name].architecture.max_features:
+            return name
+    limits = {name: card.architecture.max_features for name, card in cards.items()}
+    raise ValueError(f"Expected at most as many features as a shipped model has, {limits}; got {d}.")
+
+
+@functools.lru_cache(maxsize=8)
+def _cached(name: str) -> PFN:
+    return load(name)
+
+
+def _pretrained() -> Path:
+    """The folder of shipped checkpoints: inside the installed package, or beside it in a clone."""
+    installed = Path(__file__).parent / "pretrained"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "pretrained"

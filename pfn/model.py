@@ -1,0 +1,346 @@
+"""The front door behind `pfn.predict`: a checkpoint that answers in the units of the data.
+
+`PFN.condition` standardises a context, runs it through the transformer once, and returns a `Fitted`
+whose `predict` costs each query one attention over the cached context. Units are handled here and
+nowhere else; `data.py` checks what people pass, `transformer.py` does the work.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, LogNormal, MixtureSameFamily, Normal
+
+from pfn.card import ModelCard
+from pfn.data import Context, check_context, check_finite, check_query, to_tensor
+from pfn.predictive import Predictive
+from pfn.transformer import Encoded, Mixture, Transformer, TransformerConfig
+from priors import Prior
+
+CHUNK = 8192  # queries per pass: bounds memory for a million queries
+REACH = 4.0  # inputs further than this many box widths outside the prior's box count as that far
+
+
+class Units(NamedTuple):
+    """The frozen affine maps x -> (x - x_shift) / x_scale and y -> (y - y_shift) / y_scale."""
+
+    x_shift: Tensor  # (b, d)
+    x_scale: Tensor  # (b, d)
+    y_shift: Tensor  # (b,)
+    y_scale: Tensor  # (b,)
+
+    def map_x(self, x: Tensor) -> Tensor:
+        """Inputs in the prior's units, clamped to `REACH` around its box."""
+        mapped = (x - self.x_shift.unsqueeze(-2)) / self.x_scale.unsqueeze(-2)
+        return mapped.clamp(-REACH, 1 + REACH)
+
+    def map_y(self, y: Tensor) -> Tensor:
+        return (y - self.y_shift.unsqueeze(-1)) / self.y_scale.unsqueeze(-1)
+
+
+class PFN:
+    """A prior-fitted network: a checkpoint's weights, its card and, where known, its prior."""
+
+    def __init__(self, transformer: Transformer, card: ModelCard, prior: Prior | None = None):
+        self.transformer = transformer
+        self.card = card
+        self.prior = prior
+
+    def __repr__(self) -> str:
+        low, high = self.card.d_range
+        return f"PFN({self.card.name!r}, d = {low}..{high}, n = 0..{self.card.max_context})"
+
+    def predict(
+        self,
+        context: Any,
+        x_query: Any,
+        *,
+        latent: bool = False,
+        given: Mapping[str, Any] | None = None,
+        standardize: bool = True,
+        bounds: Any = None,
+        extrapolate_n: bool = False,
+    ) -> Predictive:
+        """The posterior predictive at `x_query`, in one forward pass.
+
+        Args are those of `condition` and `Fitted.predict`.
+
+        Returns:
+            A `Predictive` with batch_shape (m,), or (b, m) for batched tasks.
+        """
+        fitted = self.condition(
+            context,
+            standardize=standardize,
+            bounds=bounds,
+            given=given,
+            extrapolate_n=extrapolate_n,
+        )
+        return fitted.predict(x_query, latent=latent)
+
+    def condition(
+        self,
+        context: Any,
+        *,
+        standardize: bool = True,
+        bounds: Any = None,
+        given: Mapping[str, Any] | None = None,
+        extrapolate_n: bool = False,
+    ) -> Fitted:
+        """Encodes a context once; queries then cost one attention over its cache.
+
+        Args:
+            context: (x, y), x (n, d), (n,) for d = 1, or (b, n, d); y (n,), (n, 1) or (b, n).
+            standardize: maps y by the context's mean and standard deviation (n - 1 in the
+                denominator) and x by its range to the prior's units; shifts only where a spread is
+                zero or n < 2, identity at n = 0.
+            bounds: (2, d), lower and upper ends of x that replace the context's range.
+            given: latents the user knows, by their names in the card, in the units of the data as
+                passed (a noise is a variance); the rest stays integrated out.
+            extrapolate_n: allows contexts of more than 4 times the trained size.
+
+        Raises:
+            ValueError: on bad data, too many features, or a context far beyond the trained size.
+        """
+        checked = check_context(context)
+        n, d = checked.x.shape[1:]
+        self._check_sizes(n, d, extrapolate_n)
+        units = _units(checked, standardize, _check_bounds(bounds, d))
+        known = self._known(given, units, d)
+        parameter = next(self.transformer.parameters())
+        wants_gradient = checked.x.requires_grad or checked.y.requires_grad
+        with torch.set_grad_enabled(wants_gradient and torch.is_grad_enabled()):
+            encoded = self.transformer.encode(
+                units.map_x(checked.x).to(parameter),
+                units.map_y(checked.y).to(parameter),
+                None if known is None else known.to(parameter),
+            )
+        return Fitted(self, checked, units, encoded)
+
+    def _check_sizes(self, n: int, d: int, extrapolate_n: bool) -> None:
+        card = self.card
+        if d > card.architecture.max_features:
+            raise ValueError(
+                f"Expected at most {card.architecture.max_features} features for model"
+                f" {card.name!r}; got context x with d = {d}. pfn.models() lists what is shipped."
+            )
+        if n > 4 * card.max_context and not extrapolate_n:
+            raise ValueError(
+                f"Expected a context of at most {4 * card.max_context} points for model"
+                f" {card.name!r}, trained up to n = {card.max_context}; got n = {n}. Pass"
+                " extrapolate_n=True to go beyond, or a subset of the rows."
+            )
+        if n > card.max_context:
+            warnings.warn(
+                f"The context has n = {n} points; model {card.name!r} was trained up to"
+                f" n = {card.max_context}. Check the answer, or pass fewer rows.",
+                stacklevel=4,
+            )
+
+    def _known(
+        self, given: Mapping[str, Any] | None, units: Units, d: int
+    ) -> Tensor | None:
+        """The latents of `given`, standardised, in slots (b, latent_slots); NaN where unknown."""
+        if not given:
+            return None
+        config = self.card.architecture
+        names = [latent.name for latent in config.latents]
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise ValueError(f"Expected given latents among {names}; got {unknown}.")
+        batch = len(units.y_scale)
+        slots = units.y_scale.new_full((batch, config.latent_slots), math.nan)
+        start = 0
+        for latent in config.latents:
+            stop = start + config.slots(latent)
+            if latent.name in given and latent.categories:
+                index = self._category(latent.name, given[latent.name], latent.categories)
+                slots[:, start:stop] = 0.0
+                slots[:, start + index] = 1.0
+            elif latent.name in given:
+                value = to_tensor(given[latent.name], f"given {latent.name}").double()
+                check_finite(value, f"given {latent.name}")
+                width = d if latent.per_feature else 1
+                try:
+                    value = value.reshape(-1, width) if value.ndim else value
+                    value = value.expand(batch, width)
+                except RuntimeError:
+                    raise ValueError(
+                        f"Expected given {latent.name} as a number"
+                        + (f" or {d} numbers, one per feature" if latent.per_feature else "")
+                        + f"; got shape {tuple(to_tensor(given[latent.name], '').shape)}."
+                    ) from None
+                value = self._to_prior_units(latent.name, value, units, latent.per_feature)
+                if latent.positive and not bool((value > 0).all()):
+                    raise ValueError(f"Expected a positive given {latent.name}; got {given[latent.name]}.")
+                value = value.log() if latent.positive else value
+                slots[:, start : start + width] = (value - latent.mean) / latent.std
+            start = stop
+        return slots
+
+    def _category(self, name: str, value: Any, count: int) -> int:
+        labels = self.card.latent_categories.get(name, [])
+        if isinstance(value, str) and value in labels:
+            return labels.index(value)
+        if isinstance(value, int) and 0 <= value < count:
+            return value
+        raise ValueError(f"Expected given {name} among {labels or list(range(count))}; got {value!r}.")
+
+    def _to_prior_units(self, name: str, value: Tensor, units: Units, per_feature: bool) -> Tensor:
+        shift, scale = self.latent_units(name, units, per_feature)
+        return (value - shift) / scale
+
+    def latent_units(self, name: str, units: Units, per_feature: bool) -> tuple[Tensor, Tensor]:
+        """Shift and scale (b, 1 or d) with data value = shift + scale * value in prior units.
+
+        Raises:
+            ValueError: for one lengthscale over features whose ranges differ: it has no unit.
+        """
+        unit = self.card.latent_units.get(name, "")
+        scale = units.y_scale.unsqueeze(-1)
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        if unit == "y":
+            return units.y_shift.unsqueeze(-1), scale
+        if unit == "y^2":
+            return zero, scale.square()
+        if unit == "x" and per_feature:
+            return zero, units.x_scale
+        if unit == "x":
+            if not torch.allclose(units.x_scale, units.x_scale[:, :1]):
+                raise ValueError(
+                    f"One {name} for all features has no unit where their ranges differ; pass"
+                    " equal bounds, or standardize=False."
+                )
+            return zero, units.x_scale[:, :1]
+        return zero, one
+
+
+class Fitted:
+    """A PFN with an encoded context: the posterior over functions given the data."""
+
+    def __init__(self, pfn: PFN, context: Context, units: Units, encoded: Encoded) -> None:
+        self.pfn = pfn
+        self.context = context
+        self.units = units
+        self._encoded = encoded
+
+    def predict(self, x_query: Any, *, latent: bool = False) -> Predictive:
+        """The posterior predictive at `x_query` (m, d), (m,) for d = 1, or (b, m, d).
+
+        Args:
+            latent: the noise-free function instead of a new noisy observation.
+
+        Returns:
+            A `Predictive` of batch_shape (m,) or (b, m), in the query's floating dtype; it carries
+            a gradient exactly where the query or the context asks for one.
+
+        Raises:
+            ValueError: if the query does not fit the context.
+        """
+        x, dtype = check_query(x_query, self.context)
+        parameter = next(self.pfn.transformer.parameters())
+        wants_gradient = x.requires_grad or self._encoded.scaling.center.requires_grad
+        with torch.set_grad_enabled(wants_gradient and torch.is_grad_enabled()):
+            mapped = self.units.map_x(x.to(parameter.device)).to(parameter)
+            parts = [self._mixture(chunk, latent) for chunk in mapped.split(CHUNK, dim=1)]
+            log_weights, means, log_stds = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+            inner = self._encoded.scaling
+            scale = self.units.y_scale * inner.scale.double()
+            shift = self.units.y_shift + self.units.y_scale * inner.center.double()
+            means = shift[:, None, None] + scale[:, None, None] * means.double()
+            stds = scale[:, None, None] * log_stds.double().exp()
+            parameters = [value.to(dtype) for value in (log_weights, means, stds)]
+            return Predictive(*(self._unbatch(value) for value in parameters))
+
+    def latents(self) -> dict[str, Distribution]:
+        """Posterior marginals of the prior's latents, in the units of the data.
+
+        Returns:
+            By name: a log-normal mixture for a positive latent, a normal mixture for a real one, a
+            Categorical for a choice. Batch_shape () or (d,) for one per feature, after b if batched.
+        """
+        transformer, config = self.pfn.transformer, self.pfn.card.architecture
+        nothing = self.context.x.new_zeros(len(self.context.x), 0, self.context.x.shape[-1])
+        with torch.no_grad():
+            final = transformer.decode(
+                self._encoded, nothing.to(self._encoded.keys[0].dtype), latents=True
+            )
+            mixture, logits = transformer.latent_head(final)
+        marginals: dict[str, Distribution] = {}
+        start = 0
+        for latent in config.latents:
+            used = self.context.x.shape[-1] if latent.per_feature else 1
+            part = slice(start, start + used)
+            start += config.slots(latent)
+            if latent.categories:
+                choice = logits[:, start - latent.categories : start].double()
+                marginals[latent.name] = Categorical(logits=self._unbatch(choice))
+                continue
+            log_weights, means, log_stds = (value[:, part].double() for value in mixture)
+            means, stds = latent.mean + latent.std * means, latent.std * log_stds.exp()
+            shift, scale = self.pfn.latent_units(latent.name, self.units, latent.per_feature)
+            if latent.positive:
+                means = means + scale.log().unsqueeze(-1)
+            else:
+                means = shift.unsqueeze(-1) + scale.unsqueeze(-1) * means
+                stds = scale.unsqueeze(-1) * stds
+            if not latent.per_feature:
+                log_weights, means, stds = (v.squeeze(1) for v in (log_weights, means, stds))
+            kind = LogNormal if latent.positive else Normal
+            marginals[latent.name] = MixtureSameFamily(
+                Categorical(logits=self._unbatch(log_weights)),
+                kind(self._unbatch(means), self._unbatch(stds)),
+            )
+        return marginals
+
+    def _unbatch(self, value: Tensor) -> Tensor:
+        return value if self.context.batched else value.squeeze(0)
+
+    def _mixture(self, x: Tensor, latent: bool) -> Mixture:
+        transformer = self.pfn.transformer
+        final = transformer.decode(self._encoded, x)
+        return transformer.mixture_f(final) if latent else transformer.mixture_y(final)
+
+
+def _units(context: Context, standardize: bool, bounds: Tensor | None) -> Units:
+    """The affine maps of the contract; identity without `standardize`."""
+    x, y = context.x.detach(), context.y.detach()
+    b, n, d = x.shape
+    units = Units(x.new_zeros(b, d), x.new_ones(b, d), y.new_zeros(b), y.new_ones(b))
+    if not standardize:
+        return units
+    if n > 0:
+        y_scale = y.std(1) if n > 1 else y.new_zeros(b)
+        units = units._replace(
+            y_shift=y.mean(1), y_scale=torch.where(y_scale > 0, y_scale, 1.0)
+        )
+    if bounds is not None:
+        return units._replace(
+            x_shift=bounds[0].expand(b, d), x_scale=(bounds[1] - bounds[0]).expand(b, d)
+        )
+    if n > 0:
+        low, high = x.amin(1), x.amax(1)
+        spread = high - low
+        constant = spread <= 0
+        units = units._replace(
+            x_shift=torch.where(constant, low - 0.5, low),  # a constant column sits mid-box
+            x_scale=torch.where(constant, 1.0, spread),
+        )
+    return units
+
+
+def _check_bounds(bounds: Any, d: int) -> Tensor | None:
+    if bounds is None:
+        return None
+    tensor = to_tensor(bounds, "bounds").double()
+    if tensor.shape != (2, d) or not bool((tensor[0] < tensor[1]).all()):
+        raise ValueError(
+            f"Expected bounds of shape (2, {d}), lower ends below upper ends, like context x with"
+            f" d = {d}; got {tensor.tolist() if tensor.numel() <= 8 else tuple(tensor.shape)}."
+        )
+    check_finite(tensor, "bounds")
+    return tensor

@@ -1,0 +1,521 @@
+"""Pretraining: any prior in, a transformer that approximates its posterior predictive out.
+
+Each step draws fresh tasks in a few micro-batches of different sizes, takes the expected negative
+log density of queries given contexts, and updates. Step k of seed s depends on (s, k) alone: a
+killed run resumes to the same weights (with a budget in tasks), and several processes, each taking
+a share of the micro-batches, follow the same loss curve. Start at `pretrain`, the loop; `loss` is
+the objective; `optim.py` the update.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from pfn.mixture import mixture_log_prob
+from pfn.optim import Optimizer
+from pfn.transformer import Latent, Mixture, Transformer, TransformerConfig
+from priors import ConditionalPrior, Prior
+
+STRATA = 8  # draws of y per query from its conditional, one per equal slice of probability
+PROBE = 4096  # prior tasks behind the frozen moments of y and of the latents
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A recipe's settings. Budgets: give `seconds` (wall clock) or `tasks`, not both.
+
+    Args:
+        max_features: tasks have 1 .. max_features features, uniformly.
+        max_context: contexts have 0 .. max_context points, about log-uniformly.
+        queries: query points per task.
+        tokens: context and query points per step, over all micro-batches.
+        micro_batches: parts of a step, each with its own sizes; shared among processes.
+        buffer_share: share of micro-batches that split the context into context and buffer.
+        known_share: share of tasks that reveal some latents to the network.
+        latent_share: share of micro-batches that train the marginal heads of the latents.
+        lr: peak learning rate; linear warm-up over `warmup` of the budget, then cosine to zero.
+        bf16: matrix products in bfloat16 (master weights stay float32).
+    """
+
+    max_features: int = 1
+    max_context: int = 256
+    width: int = 128
+    layers: int = 6
+    heads: int = 4
+    expansion: int = 4
+    fourier_octaves: int = 4
+    components: int = 10
+    seconds: float | None = None
+    tasks: int | None = None
+    queries: int = 48
+    tokens: int = 2048
+    micro_batches: int = 4
+    buffer_share: float = 0.25
+    max_buffer: int = 128
+    known_share: float = 0.2
+    latent_share: float = 0.25
+    lr: float = 2e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.01
+    muon: bool = True
+    clip: float = 1.0
+    ema: float = 0.998
+    bf16: bool = True
+    compile: bool = False
+    seed: int = 0
+    save_every: float = 120.0
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.tasks is None):
+            raise ValueError(
+                f"Expected a budget in seconds or in tasks, one of them; got seconds={self.seconds}"
+                f" and tasks={self.tasks}."
+            )
+
+
+class Progress(NamedTuple):
+    """What a step reports to people; nothing of it feeds back into training."""
+
+    step: int
+    tasks: int
+    fraction: float  # of the budget, in [0, 1]
+    loss: float  # nats per query, expected negative log density of y
+    excess: float  # loss minus the entropy given all latents, an upper bound of the gap
+    seconds: float
+    tokens_per_second: float
+    sampling_share: float
+
+
+class Sizes(NamedTuple):
+    """Shapes of one micro-batch."""
+
+    batch: int
+    context: int
+    buffer: int
+    features: int
+    latents: bool
+
+
+def pretrain(
+    prior: Prior,
+    config: PretrainConfig,
+    out: Path,
+    *,
+    device: str | torch.device | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    probe: Callable[[Transformer, Progress], None] = lambda model, progress: None,
+) -> Transformer:
+    """Trains a transformer on `prior` until the budget is spent and returns its averaged weights.
+
+    Run state is written to `out`/state.safetensors every `save_every` seconds; if the file exists,
+    the run continues from it. Under `torchrun` the processes share the micro-batches of each step.
+
+    Args:
+        report: called after each step on the first process.
+        probe: called with the averaged weights whenever state is saved.
+
+    Raises:
+        ValueError: if the saved state belongs to another recipe.
+        FloatingPointError: if the loss is not finite for 20 steps in a row.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rank, world = _join_processes(device)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    network = architecture(prior, config)
+    torch.manual_seed(config.seed)
+    model = Transformer(network).to(device)
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = Optimizer(model, weight_decay=config.weight_decay, muon=config.muon)
+    path = out / "state.safetensors"
+    step, tasks, elapsed = 0, 0, 0.0
+    if path.exists():
+        step, tasks, elapsed = _load_state(path, config, model, average, optimizer)
+    compute = torch.compile(loss, dynamic=True) if config.compile else loss
+
+    saved = began = time.monotonic()
+    spent, sampling, bad = elapsed, 0.0, 0
+    while True:
+        fraction = _fraction(config, tasks, spent, world, device)
+        if fraction >= 1:
+            break
+        began_step = time.monotonic()
+        total = torch.zeros(3, device=device)  # loss of y, excess, share of finite micro-batches
+        done_tasks = done_tokens = 0
+        draw_seconds = 0.0
+        for part in range(config.micro_batches):
+            sizes = plan(config, step, part)
+            done_tasks += sizes.batch
+            done_tokens += sizes.batch * (sizes.context + sizes.buffer + config.queries)
+            if part % world != rank:
+                continue
+            began_draw = time.monotonic()
+            lesson = draw_lesson(prior, network, config, sizes, step, part, device)
+            draw_seconds += time.monotonic() - began_draw
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                value, report_y, excess = compute(model, lesson)
+            (value / config.micro_batches).backward()
+            total += torch.stack([report_y, excess, torch.ones_like(excess)])
+        _sum_over_processes(model, total, world)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        if torch.isfinite(norm):
+            optimizer.step(config.lr * schedule(fraction, config.warmup))
+            decay = min(config.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.values()), list(model.parameters()), 1 - decay)
+            bad = 0
+        else:
+            bad += 1
+            if bad == 20:
+                raise FloatingPointError(
+                    f"The gradient was not finite for 20 steps in a row, at step {step}. Lower lr, "
+                    f"or look at the prior's draws; the last good state is in {path}."
+                )
+        model.zero_grad(set_to_none=True)
+        step, tasks = step + 1, tasks + done_tasks
+        now = time.monotonic()
+        spent = elapsed + now - began
+        sampling += draw_seconds
+        if rank == 0:
+            mean_y, mean_excess, _ = (total / total[2]).tolist()
+            progress = Progress(
+                step=step,
+                tasks=tasks,
+                fraction=min(1.0, _fraction(config, tasks, spent, 1, device)),
+                loss=mean_y,
+                excess=mean_excess,
+                seconds=spent,
+                tokens_per_second=done_tokens / (now - began_step),
+                sampling_share=draw_seconds / (now - began_step),
+            )
+            report(progress)
+            if now - saved > config.save_every:
+                saved = now
+                _save_state(path, config, model, average, optimizer, step, tasks, spent)
+                probe(_with_weights(network, average, device), progress)
+    if rank == 0:
+        _save_state(path, config, model, average, optimizer, step, tasks, spent)
+    return _with_weights(network, average, device)
+
+
+class Lesson(NamedTuple):
+    """One micro-batch, normalised and in float32, ready for the network."""
+
+    x: Tensor  # (b, n, d)
+    y: Tensor  # (b, n)
+    buffer: tuple[Tensor, Tensor] | None
+    visible: Tensor | None  # (m,) buffer points each query sees
+    x_query: Tensor  # (b, m, d)
+    y_draws: Tensor  # (s, b, m) draws of a new observation
+    f_draws: Tensor  # (s, b, m) draws of the noise-free function
+    entropy: Tensor  # () mean entropy of y given the latents; NaN where the prior cannot tell
+    known: Tensor  # (b, slots) standardised latents, NaN where hidden from the network
+    latents: Tensor | None  # (b, slots) all of them, when their heads are trained
+    features: int
+
+
+def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
+    """The training loss, and for people: the loss of y alone and its excess over known latents.
+
+    Expected negative log densities of y and of f, in nats per query, plus a tenth of the latents'.
+    """
+    encoded = model.encode(lesson.x, lesson.y, lesson.known)
+    final = model.decode(
+        encoded,
+        lesson.x_query,
+        buffer=lesson.buffer,
+        visible=lesson.visible,
+        latents=lesson.latents is not None,
+    )
+    m = lesson.x_query.shape[1]
+    with torch.autocast(final.device.type, enabled=False):
+        final = final.float()
+        log_scale = encoded.scaling.scale.log().mean()
+        normalise = lambda draws: (  # noqa: E731
+            (draws - encoded.scaling.center.unsqueeze(-1)) / encoded.scaling.scale.unsqueeze(-1)
+        )
+        loss_y = log_scale - _mean_log_prob(
+            model.mixture_y(final[:, :m]), normalise(lesson.y_draws)
+        )
+        loss_f = log_scale - _mean_log_prob(
+            model.mixture_f(final[:, :m]), normalise(lesson.f_draws)
+        )
+        value = loss_y + 0.5 * loss_f
+        if lesson.latents is not None:
+            value = value + 0.1 * latent_loss(model, final[:, m:], lesson)
+    return value, loss_y.detach(), (loss_y - lesson.entropy).detach()
+
+
+def latent_loss(model: Transformer, final: Tensor, lesson: Lesson) -> Tensor:
+    """Mean negative log probability of the latents: densities, or cross-entropy for categories."""
+    assert lesson.latents is not None
+    mixture, logits = model.latent_head(final)
+    log_prob = mixture_log_prob(*mixture, lesson.latents.nan_to_num(0.0))  # (b, slots)
+    terms = []
+    start = 0
+    for latent in model.config.latents:
+        stop = start + model.config.slots(latent)
+        if latent.categories:
+            chosen = lesson.latents[:, start:stop].argmax(-1)
+            terms.append(-F.cross_entropy(logits[:, start:stop], chosen).unsqueeze(0))
+        else:
+            used = stop if not latent.per_feature else start + lesson.features
+            terms.append(log_prob[:, start:used].mean(0))
+        start = stop
+    return -torch.cat(terms).mean()
+
+
+def plan(config: PretrainConfig, step: int, part: int) -> Sizes:
+    """Sizes of one micro-batch: features uniform, context about log-uniform, constant cost."""
+    generator = torch.Generator().manual_seed(_seed(config.seed, step, part, "sizes"))
+    share, buffered, split, with_latents = torch.rand(4, generator=generator).tolist()
+    features = int(torch.randint(1, config.max_features + 1, (), generator=generator))
+    points = int(8 * math.exp(share * math.log((config.max_context + 9) / 8)) - 8)
+    points = min(points, config.max_context)
+    buffer = 0
+    if buffered < config.buffer_share and points > 0:
+        buffer = 1 + int(split * min(points, config.max_buffer))
+    per_task = points + config.queries
+    batch = max(1, round(config.tokens / config.micro_batches / per_task))
+    return Sizes(batch, points - buffer, buffer, features, with_latents < config.latent_share)
+
+
+def draw_lesson(
+    prior: Prior,
+    network: TransformerConfig,
+    config: PretrainConfig,
+    sizes: Sizes,
+    step: int,
+    part: int,
+    device: torch.device,
+) -> Lesson:
+    """Draws one micro-batch on `device`; a function of (seed, step, part) and the sizes."""
+    generator = torch.Generator(device).manual_seed(_seed(config.seed, step, part, "tasks"))
+    n, m = sizes.context + sizes.buffer, config.queries
+    visible = None
+    if sizes.buffer:
+        visible = torch.randint(sizes.buffer + 1, (m,), device=device, generator=generator)
+    if isinstance(prior, ConditionalPrior):
+        sees = torch.full((m,), n, device=device) if visible is None else visible + sizes.context
+        tasks = prior.sample_conditional(
+            sizes.batch, n, sizes.features, sees, generator=generator
+        )
+        x, y, x_query, latents = tasks.x, tasks.y, tasks.x_query, tasks.latents
+        noise = tasks.noise.unsqueeze(-1)
+        std_y, std_f = (tasks.variance + noise).sqrt(), tasks.variance.sqrt()
+        z = _stratified_normal(sizes.batch, m, generator)  # (s, b, m)
+        y_draws, f_draws = tasks.mean + std_y * z, tasks.mean + std_f * z
+        entropy = (0.5 * math.log(2 * math.pi * math.e) + std_y.log()).mean()
+    else:
+        drawn = prior.sample(sizes.batch, n + m, sizes.features, generator=generator)
+        x, x_query = drawn.x[:, :n], drawn.x[:, n:]
+        y, y_draws, f_draws = drawn.y[:, :n], drawn.y[None, :, n:], drawn.f[None, :, n:]
+        latents, entropy = drawn.latents, torch.tensor(torch.nan, device=device)
+    slots = latent_slots(network, latents, sizes.batch, device)
+    hidden = torch.rand(slots.shape, device=device, generator=generator)
+    reveal = torch.rand(sizes.batch, 1, device=device, generator=generator) < config.known_share
+    known = torch.where(reveal & (hidden < 0.5), slots, torch.nan)
+    x, y, x_query, y_draws, f_draws, known, slots, entropy = (
+        value.float() for value in (x, y, x_query, y_draws, f_draws, known, slots, entropy)
+    )
+    k = sizes.context
+    return Lesson(
+        x=x[:, :k],
+        y=y[:, :k],
+        buffer=(x[:, k:], y[:, k:]) if sizes.buffer else None,
+        visible=visible,
+        x_query=x_query,
+        y_draws=y_draws,
+        f_draws=f_draws,
+        entropy=entropy,
+        known=known,
+        latents=slots if sizes.latents and network.latent_slots else None,
+        features=sizes.features,
+    )
+
+
+def latent_slots(
+    network: TransformerConfig, latents: dict[str, Tensor], batch: int, device: torch.device
+) -> Tensor:
+    """Standardised latents side by side (b, slots); NaN in the slots of features a task lacks."""
+    columns = []
+    for latent in network.latents:
+        value = latents[latent.name]
+        if latent.categories:
+            columns.append(F.one_hot(value.long(), latent.categories).to(torch.float64))
+            continue
+        value = (value.log() if latent.positive else value).to(torch.float64)
+        value = ((value - latent.mean) / latent.std).reshape(batch, -1)
+        columns.append(F.pad(value, (0, network.slots(latent) - value.shape[1]), value=torch.nan))
+    return torch.cat(columns, dim=1) if columns else torch.zeros(batch, 0, device=device)
+
+
+def architecture(prior: Prior, config: PretrainConfig) -> TransformerConfig:
+    """The network's frozen configuration, with the prior's moments measured on fixed draws."""
+    generator = torch.Generator().manual_seed(0)
+    few = prior.sample(PROBE, 4, 1, generator=generator)
+    many = prior.sample(PROBE, 4, config.max_features, generator=generator)
+    latents = []
+    for name, value in many.latents.items():
+        if not value.is_floating_point():
+            latents.append(Latent(name, categories=int(value.max()) + 1))
+            continue
+        per_feature = value.ndim > few.latents[name].ndim or (
+            value.ndim == 2 and value.shape[-1] == config.max_features
+        )
+        both = torch.cat([value.flatten(), few.latents[name].flatten()])
+        positive = bool((both > 0).all())
+        both = both.log() if positive else both
+        mean, std = float(both.mean()), float(both.std())
+        latents.append(Latent(name, per_feature, positive, 0, mean, std if std > 0 else 1.0))
+    y = torch.cat([few.y.flatten(), many.y.flatten()])
+    return TransformerConfig(
+        max_features=config.max_features,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        expansion=config.expansion,
+        fourier_octaves=config.fourier_octaves,
+        components=config.components,
+        y_mean=float(y.median()),
+        y_std=float((y.quantile(0.84) - y.quantile(0.16)) / 2),  # a heavy tail must not inflate it
+        latents=tuple(latents),
+    )
+
+
+def schedule(fraction: float, warmup: float) -> float:
+    """Learning-rate factor: linear warm-up from above zero, then a cosine to zero."""
+    if fraction < warmup:
+        return max(fraction / warmup, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup)))
+
+
+def _mean_log_prob(mixture: Mixture, draws: Tensor) -> Tensor:
+    return mixture_log_prob(mixture.log_weights, mixture.means, mixture.log_stds, draws).mean()
+
+
+def _stratified_normal(batch: int, m: int, generator: torch.Generator) -> Tensor:
+    """Normal draws (s, b, m), one in each of s slices of equal probability, at a random place."""
+    uniform = torch.rand(
+        STRATA, batch, m, dtype=torch.float64, device=generator.device, generator=generator
+    )
+    slices = torch.arange(STRATA, dtype=torch.float64, device=generator.device)[:, None, None]
+    return torch.special.ndtri(((slices + uniform) / STRATA).clamp(1e-9, 1 - 1e-9))
+
+
+def _seed(seed: int, step: int, part: int, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{part}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _fraction(
+    config: PretrainConfig, tasks: int, seconds: float, world: int, device: torch.device
+) -> float:
+    """Share of the budget spent; every process takes the first one's clock."""
+    if config.tasks is not None:
+        return tasks / config.tasks
+    assert config.seconds is not None
+    fraction = torch.tensor(seconds / config.seconds, device=device)
+    if world > 1:
+        dist.broadcast(fraction, 0)
+    return float(fraction)
+
+
+def _join_processes(device: torch.device) -> tuple[int, int]:
+    """Rank and number of processes; joins the group that `torchrun` announces."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _sum_over_processes(model: Transformer, total: Tensor, world: int) -> None:
+    if world == 1:
+        return
+    parameters = list(model.parameters())
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    )
+    dist.all_reduce(flat)
+    dist.all_reduce(total)
+    for parameter, gradient in zip(
+        parameters, flat.split([p.numel() for p in parameters]), strict=True
+    ):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def _with_weights(
+    network: TransformerConfig, weights: dict[str, Tensor], device: torch.device
+) -> Transformer:
+    model = Transformer(network).to(device)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _save_state(
+    path: Path,
+    config: PretrainConfig,
+    model: Transformer,
+    average: dict[str, Tensor],
+    optimizer: Optimizer,
+    step: int,
+    tasks: int,
+    seconds: float,
+) -> None:
+    """Writes the run's state atomically: a kill at any moment leaves a whole file."""
+    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    tensors |= {f"average.{name}": value for name, value in average.items()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state.items()}
+    metadata = {
+        "recipe": json.dumps(asdict(_identity(config))),
+        "progress": json.dumps({"step": step, "tasks": tasks, "seconds": seconds}),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    safetensors.torch.save_file(
+        {name: value.contiguous().cpu() for name, value in tensors.items()}, temporary, metadata
+    )
+    os.replace(temporary, path)
+
+
+def _load_state(
+    path: Path,
+    config: PretrainConfig,
+    model: Transformer,
+    average: dict[str, Tensor],
+    optimizer: Optimizer,
+) -> tuple[int, int, float]:
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(_identity(config)))):
+        raise ValueError(
+            f"Expected the state of this recipe in {path}; found another recipe's:"
+            f" {metadata['recipe']}. Choose another output folder or remove the file."
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+            average[name].copy_(tensors[f"average.{name}"])
+    optimizer.load({name: tensors[f"optimizer.{name}"] for name in optimizer.state})
+    progress = json.loads(metadata["progress"])
+    return progress["step"], progress["tasks"], progress["seconds"]
+
+
+def _identity(config: PretrainConfig) -> PretrainConfig:
+    """The settings that must agree for a run to continue; the rest may change in between."""
+    return replace(config, save_every=0.0, compile=False)

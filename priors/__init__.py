@@ -1,0 +1,8 @@
+"""Distributions over synthetic tasks, each with its exact or reference posterior."""
+
+from priors.gp import GaussianProcess as GaussianProcess
+from priors.tasks import ConditionalPrior as ConditionalPrior
+from priors.tasks import ConditionalTasks as ConditionalTasks
+from priors.tasks import Prior as Prior
+from priors.tasks import ReferencePrior as ReferencePrior
+from priors.tasks import Tasks as Tasks

@@ -1,0 +1,210 @@
+"""Gaussian processes whose hyperparameters are drawn per task: the prior to start reading with.
+
+A batch of tasks, each with its own kernel, lengthscales, outputscale, noise and mean, is one batched
+Cholesky factorisation in float64 on the generator's device. The posterior with the hyperparameters
+integrated out is in `quadrature.py` (up to three of them) and `nuts.py` (more).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, LogNormal
+
+from priors.draws import draw
+from priors.inputs import DESIGNS, draw_inputs
+from priors.kernels import KERNELS
+from priors.tasks import ConditionalTasks, Tasks
+
+JITTER = 1e-10  # relative to the outputscale; raised tenfold only for tasks that fail to factorise
+
+
+@dataclass(frozen=True)
+class GaussianProcess:
+    """A Gaussian-process prior with hyperpriors: f ~ GP(mean, outputscale * kernel), y = f + noise.
+
+    Args:
+        kernel: a name in `priors.kernels.KERNELS`, or several, one of them drawn per task.
+        lengthscale: positive, in the units of x; a number or any torch distribution.
+        outputscale: prior variance of f; a number or a distribution.
+        noise: variance (not standard deviation) of the observation noise.
+        mean: constant mean of f.
+        ard: one lengthscale per feature, drawn independently; irrelevant features are the long tail
+            of its distribution. Otherwise one per task.
+        scale_with_dimension: multiplies lengthscales by sqrt(d), so that functions of many features
+            stay as learnable as functions of one (Hvarfner et al., 2024, arXiv 2402.02229).
+        inputs: a design in `priors.inputs.DESIGNS`, or several, one of them drawn per task.
+
+    Latents in `Tasks`: "lengthscale" (task, dim) with `ard`, else (task,); "outputscale", "noise",
+    "mean" (task,) where they are not plain numbers; "kernel" (task,), an index, where several.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> GaussianProcess().sample(batch=64, n=100, d=3, generator=g).y.shape
+        torch.Size([64, 100])
+    """
+
+    kernel: str | tuple[str, ...] = "rbf"
+    lengthscale: float | Distribution = LogNormal(math.log(0.3), 0.7)
+    outputscale: float | Distribution = LogNormal(0.0, 0.5)
+    noise: float | Distribution = LogNormal(-4.0, 1.5)
+    mean: float | Distribution = 0.0
+    ard: bool = False
+    scale_with_dimension: bool = False
+    inputs: str | tuple[str, ...] = "uniform"
+
+    def __post_init__(self) -> None:
+        for label, chosen, known in (
+            ("kernel", self.kernels, KERNELS),
+            ("inputs", self.designs, DESIGNS),
+        ):
+            unknown = [name for name in chosen if name not in known]
+            if unknown or not chosen:
+                raise ValueError(f"Expected {label} among {sorted(known)}; got {chosen}.")
+        for label in ("lengthscale", "outputscale", "noise"):
+            value = getattr(self, label)
+            if not isinstance(value, Distribution) and not value > 0:
+                raise ValueError(f"Expected a positive {label}; got {value}.")
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return (self.kernel,) if isinstance(self.kernel, str) else tuple(self.kernel)
+
+    @property
+    def designs(self) -> tuple[str, ...]:
+        return (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
+
+    @property
+    def latent_units(self) -> dict[str, str]:
+        """How each latent scales: with "x", "y", "y^2", or not at all (""), for unit conversions."""
+        return {"lengthscale": "x", "outputscale": "y^2", "noise": "y^2", "mean": "y", "kernel": ""}
+
+    def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
+        """Draws `batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
+        theta = self._draw_hyperparameters(batch, d, generator=generator)
+        x = draw_inputs(self.designs, batch, n, d, generator=generator)
+        factor = cholesky(self.covariance(x, x, theta), JITTER * theta["outputscale"])
+        f = theta["mean"].unsqueeze(-1) + (factor @ _randn(batch, n, 1, generator)).squeeze(-1)
+        y = f + theta["noise"].sqrt().unsqueeze(-1) * _randn(batch, n, 1, generator).squeeze(-1)
+        return Tasks(x, y, f, self._report(theta))
+
+    def sample_conditional(
+        self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
+    ) -> ConditionalTasks:
+        """Draws tasks whose queries know their distribution given the latents and y_1 .. y_visible.
+
+        With L the Cholesky factor of K + noise I, y = mean + L z, and A = L^-1 K_*, the conditional
+        of f_j given the first p observations is Normal(mean + A_:p,j z_:p, K_jj - |A_:p,j|^2): all
+        prefixes fall out of the factorisation that draws the tasks.
+
+        Args:
+            visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
+        """
+        m = len(visible)
+        theta = self._draw_hyperparameters(batch, d, generator=generator)
+        x_all = draw_inputs(self.designs, batch, n + m, d, generator=generator)
+        x, x_query = x_all[:, :n], x_all[:, n:]
+        z = _randn(batch, n, 1, generator)
+        factor = cholesky(
+            self.covariance(x, x, theta), theta["noise"] + JITTER * theta["outputscale"]
+        )
+        weights = torch.linalg.solve_triangular(
+            factor, self.covariance(x, x_query, theta), upper=False
+        )  # (task, point, query)
+        seen = torch.arange(n, device=x.device).unsqueeze(-1) < visible.to(x.device)
+        weights = weights * seen
+        constant = theta["mean"].unsqueeze(-1)
+        mean = constant + (weights * z).sum(1)
+        variance = self.variance(x_query, theta) - weights.square().sum(1)
+        floor = JITTER * theta["outputscale"].unsqueeze(-1)
+        return ConditionalTasks(
+            x=x,
+            y=constant + (factor @ z).squeeze(-1),
+            x_query=x_query,
+            mean=mean,
+            variance=variance.clamp_min(floor),
+            noise=theta["noise"],
+            latents=self._report(theta),
+        )
+
+    def variance(self, x: Tensor, theta: dict[str, Tensor]) -> Tensor:
+        """Prior variance (task, n) of f at x (task, n, d): the diagonal of `covariance`."""
+        variance = theta["outputscale"].unsqueeze(-1).expand(x.shape[:-1])
+        if "linear" not in self.kernels:
+            return variance  # every other kernel is stationary
+        lengthscale = theta["lengthscale"] if self.ard else theta["lengthscale"].unsqueeze(-1)
+        square = ((x - 0.5) / lengthscale.unsqueeze(-2)).square().sum(-1)
+        is_linear = torch.ones_like(theta["outputscale"], dtype=torch.bool)
+        if len(self.kernels) > 1:
+            is_linear = theta["kernel"] == self.kernels.index("linear")
+        return torch.where(is_linear.unsqueeze(-1), variance * square, variance)
+
+    def covariance(self, x: Tensor, z: Tensor, theta: dict[str, Tensor]) -> Tensor:
+        """Covariance (task, n, m) of f between x (task, n, d) and z (task, m, d) given latents."""
+        lengthscale = theta["lengthscale"]
+        lengthscale = lengthscale if self.ard else lengthscale.unsqueeze(-1)
+        if len(self.kernels) == 1:
+            unit = KERNELS[self.kernels[0]](x, z, lengthscale)
+        else:
+            unit = x.new_empty(*x.shape[:-1], z.shape[-2])
+            for index, name in enumerate(self.kernels):
+                chosen = theta["kernel"] == index
+                unit[chosen] = KERNELS[name](x[chosen], z[chosen], lengthscale[chosen])
+        return theta["outputscale"].unsqueeze(-1).unsqueeze(-1) * unit
+
+    def _draw_hyperparameters(
+        self, batch: int, d: int, *, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Hyperparameters of `batch` tasks in float64: (batch,), or (batch, d) with `ard`."""
+        shape = (batch, d) if self.ard else (batch,)
+        lengthscale = draw(self.lengthscale, shape, generator=generator)
+        if self.scale_with_dimension:
+            lengthscale = lengthscale * math.sqrt(d)
+        theta = {
+            "lengthscale": lengthscale,
+            "outputscale": draw(self.outputscale, (batch,), generator=generator),
+            "noise": draw(self.noise, (batch,), generator=generator),
+            "mean": draw(self.mean, (batch,), generator=generator),
+        }
+        if len(self.kernels) > 1:
+            theta["kernel"] = torch.randint(
+                len(self.kernels), (batch,), device=generator.device, generator=generator
+            )
+        return theta
+
+    def _report(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The latents that vary between tasks."""
+        fixed = {
+            name
+            for name in ("lengthscale", "outputscale", "noise", "mean")
+            if not isinstance(getattr(self, name), Distribution)
+        }
+        return {name: value for name, value in theta.items() if name not in fixed}
+
+
+def cholesky(covariance: Tensor, diagonal: Tensor) -> Tensor:
+    """Lower factors of covariance + diagonal I; the diagonal grows only for matrices that fail.
+
+    Args:
+        covariance: (task, n, n).
+        diagonal: (task,), added to the diagonal; tenfold at each retry where a task failed.
+    """
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    diagonal = diagonal[:, None, None]
+    factor, failed = torch.linalg.cholesky_ex(covariance + diagonal * eye)
+    for _ in range(8):
+        if not failed.any():
+            return factor
+        bad = failed > 0
+        diagonal = torch.where(bad[:, None, None], 10 * diagonal, diagonal)
+        factor[bad], failed[bad] = torch.linalg.cholesky_ex((covariance + diagonal * eye)[bad])
+    raise RuntimeError("The covariance is not positive definite, even with a diagonal 1e8 x larger.")
+
+
+def _randn(batch: int, n: int, m: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(
+        batch, n, m, dtype=torch.float64, device=generator.device, generator=generator
+    )

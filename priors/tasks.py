@@ -1,0 +1,79 @@
+"""The two nouns every prior speaks: `Tasks`, a batch of data sets, and `Prior`, what draws them.
+
+A prior of your own is any object with a `sample` of this signature; nothing needs to be inherited.
+`ConditionalPrior` is an optional second ability that makes pretraining far more efficient: such a
+prior can say, for every point it draws, how that point is distributed given the points before it.
+Read `gp.py` next for a complete example.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+
+class Tasks(NamedTuple):
+    """A batch of data sets drawn from a prior.
+
+    Rows are in exchangeable random order when `num_context` is None, so that any split into context
+    and query is valid. A number means that only the rows up to it may be context, in that order
+    (prefixes of a learning curve, say).
+    """
+
+    x: Tensor  # (task, point, dim) inputs
+    y: Tensor  # (task, point) noisy observations
+    f: Tensor  # (task, point) the noise-free function
+    latents: dict[str, Tensor]  # name -> (task,) or, one value per feature, (task, dim)
+    num_context: int | None = None
+
+
+class ConditionalTasks(NamedTuple):
+    """Tasks whose queries carry their exact Gaussian conditional given the latents.
+
+    Query j of a task is distributed as f_j ~ Normal(mean_j, variance_j) and y_j = f_j + Normal(0,
+    noise) given the latents and the first `visible_j` observations. A network trained on these
+    conditionals instead of on single draws minimises the same expected loss with less gradient
+    noise (Rao-Blackwell).
+    """
+
+    x: Tensor  # (task, point, dim)
+    y: Tensor  # (task, point) noisy observations
+    x_query: Tensor  # (task, query, dim)
+    mean: Tensor  # (task, query) E[f_j | latents, y_1 .. y_visible_j]
+    variance: Tensor  # (task, query) Var[f_j | latents, y_1 .. y_visible_j]
+    noise: Tensor  # (task,) variance of the observation noise
+    latents: dict[str, Tensor]
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """A distribution over tasks. `posterior` and `log_evidence` are optional extras."""
+
+    def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
+        """Draws `batch` independent tasks of `n` points with `d` features, on the generator's device."""
+        ...
+
+
+@runtime_checkable
+class ConditionalPrior(Prior, Protocol):
+    """A prior that knows each point's Gaussian conditional given latents and earlier points."""
+
+    def sample_conditional(
+        self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
+    ) -> ConditionalTasks:
+        """Draws tasks of n observations and one query per entry of `visible` (m,), in 0 .. n."""
+        ...
+
+
+@runtime_checkable
+class ReferencePrior(Prior, Protocol):
+    """A prior that knows its exact or reference posterior predictive."""
+
+    def posterior(
+        self, context: tuple[Tensor, Tensor], x_query: Tensor, latent: bool = False
+    ) -> Distribution:
+        """The posterior predictive at `x_query`, batch_shape (m,) or (b, m)."""
+        ...
