@@ -2,7 +2,8 @@
 
 The card carries the architecture, the prior with every constant, the recipe, and the certificate:
 figures as numbers, each with the command that measured it. Nothing is ever unpickled or executed; a
-file that was truncated or altered, or that a newer library wrote, is refused with the reason.
+file that was truncated or altered, or that a newer library wrote, is refused with the reason. The
+digests guard against accidents; they do not say who wrote a checkpoint.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
+    card_sha256: str = ""  # of this card as JSON, with this field empty
     library: str = ""
     format: int = FORMAT
 
@@ -62,13 +64,14 @@ def save_checkpoint(folder: Path, model: Transformer, card: ModelCard) -> ModelC
     blob = safetensors.torch.save(weights)
     card = dataclasses.replace(card, weights_sha256=hashlib.sha256(blob).hexdigest(), format=FORMAT)
     _write(folder / "model.safetensors", blob)
-    write_card(folder, card)
-    return card
+    return write_card(folder, card)
 
 
-def write_card(folder: Path, card: ModelCard) -> None:
-    """Writes `card.json`, atomically."""
+def write_card(folder: Path, card: ModelCard) -> ModelCard:
+    """Writes `card.json`, atomically; returns the card with its own digest."""
+    card = dataclasses.replace(card, card_sha256=_digest(card))
     _write(folder / "card.json", (json.dumps(asdict(card), indent=1) + "\n").encode())
+    return card
 
 
 def load_checkpoint(
@@ -87,15 +90,17 @@ def load_checkpoint(
     digest = hashlib.sha256(blob).hexdigest()
     if digest != card.weights_sha256:
         raise ValueError(
-            f"{path} is truncated or altered: expected SHA-256 {card.weights_sha256} as in its card;"
-            f" got {digest}. Fetch the checkpoint again."
+            f"{path} is truncated or altered: expected SHA-256 {card.weights_sha256} as in its"
+            f" card; got {digest}. Fetch the checkpoint again."
         )
     try:
         weights = safetensors.torch.load(blob)
         model = Transformer(card.architecture)
         model.load_state_dict({name: value.float() for name, value in weights.items()})
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold the network that its card describes: {error}")
+        raise ValueError(
+            f"{path} does not hold the network that its card describes: {error}"
+        ) from error
     return model.requires_grad_(False).eval().to(device or "cpu"), card
 
 
@@ -103,41 +108,60 @@ def read_card(folder: Path) -> ModelCard:
     """The card of a checkpoint folder.
 
     Raises:
-        ValueError: if there is none, or it is not a card, or of a newer format.
+        ValueError: if there is none, or it is not a card, altered, or of a newer format.
     """
     path = folder / "card.json"
     if not path.is_file():
         raise ValueError(f"Expected a checkpoint folder with a card.json; found none in {folder}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}. Fetch the checkpoint again.")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not readable as JSON: {error}. Fetch the checkpoint again."
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise ValueError(f"{path} is not a model card: expected an object with an integer format.")
     if content["format"] > FORMAT:
         raise ValueError(
-            f"{path} has format {content['format']}; this library reads up to {FORMAT}. Upgrade pfn."
+            f"{path} has format {content['format']}; this library reads up to {FORMAT}."
+            " Upgrade pfn."
         )
     try:
         architecture = dict(content["architecture"])
         architecture["latents"] = tuple(_build(Latent, item) for item in architecture["latents"])
         content["architecture"] = _build(TransformerConfig, architecture)
-        return _build(ModelCard, content)
+        card: ModelCard = _build(ModelCard, content)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a model card: {error}.")
+        raise ValueError(f"{path} is not a model card: {error}.") from error
+    if card.card_sha256 != _digest(card):
+        raise ValueError(
+            f"{path} was altered: its SHA-256 is not the one it states. Fetch the checkpoint again,"
+            " or change a card with pfn.card.write_card."
+        )
+    return card
+
+
+def _digest(card: ModelCard) -> str:
+    content = json.dumps(asdict(dataclasses.replace(card, card_sha256="")))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _build(kind: type, content: Mapping[str, Any]) -> Any:
-    """A frozen dataclass from JSON, with the type of every plain field checked."""
+    """A frozen dataclass from JSON, with the type of every number, string and object checked."""
     fields = {item.name: item for item in dataclasses.fields(kind)}
     unknown = sorted(set(content) - set(fields))
     if unknown:
         raise ValueError(f"unknown fields {unknown}")
-    plain = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    plain: dict[str, Any] = {"int": int, "str": str, "bool": bool, "dict": dict}
+    plain["float"] = (int, float)  # JSON does not tell 1 from 1.0
     for name, value in content.items():
-        expected = plain.get(str(fields[name].type))
-        if expected and (not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)):
-            raise ValueError(f"expected {name} of type {fields[name].type}, got {value!r}")
+        declared = str(fields[name].type)
+        if value is None and declared.endswith("None"):
+            continue
+        expected = plain.get(declared.partition("[")[0])
+        is_bool = isinstance(value, bool)  # which Python counts among the integers
+        if expected and (not isinstance(value, expected) or is_bool != (expected is bool)):
+            raise ValueError(f"expected {name} of type {declared}, got {value!r}")
     return kind(**content)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -22,7 +23,11 @@ class Context(NamedTuple):
 
 
 def check_context(context: Any) -> Context:
-    """The checked context of `(x, y)`: x (n, d), (b, n, d), or (n,) for d = 1; y (n,), (n, 1), (b, n).
+    """The checked context of a pair (x, y).
+
+    Args:
+        context: x (n, d), (b, n, d), or (n,) for d = 1; y (n,) or (b, n), with or without a
+            trailing 1.
 
     Raises:
         ValueError: naming the argument, what it was, and what was expected.
@@ -36,9 +41,10 @@ def check_context(context: Any) -> Context:
     x, y = to_tensor(context[0], "context x"), to_tensor(context[1], "context y")
     if x.ndim == 1:
         x = x.unsqueeze(-1)
-    if x.ndim not in (2, 3):
+    if x.ndim not in (2, 3) or x.shape[-1] == 0:
         raise ValueError(
-            f"Expected context x of shape (n, d), (b, n, d) or (n,); got shape {tuple(x.shape)}."
+            "Expected context x of shape (n, d), (b, n, d) or (n,), with at least one feature; got"
+            f" shape {tuple(x.shape)}."
         )
     if y.ndim == x.ndim and y.shape[-1] == 1 and y.shape[-2] == x.shape[-2]:
         y = y.squeeze(-1)
@@ -49,8 +55,6 @@ def check_context(context: Any) -> Context:
         )
     check_finite(x, "context x")
     check_finite(y, "context y")
-    if x.shape[-1] == 0:
-        raise ValueError(f"Expected context x with at least one feature; got shape {tuple(x.shape)}.")
     batched = x.ndim == 3
     if not batched:
         x, y = x.unsqueeze(0), y.unsqueeze(0)
@@ -63,14 +67,14 @@ def check_query(x_query: Any, context: Context) -> tuple[Tensor, torch.dtype]:
     Raises:
         ValueError: naming what the query was and what the context lets expect.
     """
-    names = _columns(x_query)
+    x, names = to_tensor(x_query, "query x"), _columns(x_query)
     if names is not None and context.columns is not None and names != context.columns:
-        if set(names) != set(context.columns):
+        if sorted(names) != sorted(context.columns) or len(set(names)) < len(names):
             raise ValueError(
-                f"Expected query columns {list(context.columns)} as in the context; got {list(names)}."
+                f"Expected query columns {list(context.columns)} as in the context, in any order if"
+                f" no name repeats; got {list(names)}."
             )
-        x_query = x_query[list(context.columns)]
-    x = to_tensor(x_query, "query x")
+        x = x[:, [names.index(name) for name in context.columns]]
     dtype = x.dtype if x.is_floating_point() else torch.float32
     d = context.x.shape[-1]
     if x.ndim == 1:
@@ -93,30 +97,27 @@ def check_query(x_query: Any, context: Context) -> tuple[Tensor, torch.dtype]:
 
 
 def to_tensor(value: Any, label: str) -> Tensor:
-    """A real tensor of `value`; data frames and series by their values."""
+    """A real tensor of `value`: a tensor as it is, anything else as a copy of its values."""
     if isinstance(value, Tensor):
-        tensor = value
-    else:
-        try:
-            if _columns(value) is not None:
-                array = np.column_stack([np.asarray(value[name]) for name in value.columns])
-            else:
-                array = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"Expected {label} as a rectangular array; got ragged rows ({error}).")
-        if array.dtype.kind == "O":
-            array = _from_objects(array, label)
-        if array.dtype.kind not in "fiub":
-            raise ValueError(
-                f"Expected {label} with numbers only; got values of type {array.dtype}. Encode"
-                " categories and dates as numbers first."
-            )
-        if array.dtype == np.longdouble or array.dtype == np.float16:
-            array = array.astype(np.float64)
-        tensor = torch.as_tensor(np.ascontiguousarray(array).copy())
-    if tensor.is_complex():
-        raise ValueError(f"Expected {label} with real numbers; got {tensor.dtype}.")
-    return tensor
+        if value.is_complex():
+            raise ValueError(f"Expected {label} with real numbers; got {value.dtype}.")
+        return value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected {label} as a rectangular array; got ragged rows or no array ({error})."
+        ) from error
+    if array.dtype.kind == "O":
+        array = _from_objects(array, label)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"Expected {label} with numbers only; got values of type {array.dtype}. Encode"
+            " categories and dates as numbers first."
+        )
+    too_wide = array.dtype.itemsize > 8  # long double, which torch does not know
+    dtype = np.dtype(np.float64) if too_wide else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
 
 
 def check_finite(tensor: Tensor, label: str) -> None:
@@ -130,13 +131,16 @@ def check_finite(tensor: Tensor, label: str) -> None:
         )
 
 
-def _from_objects(array: np.ndarray, label: str) -> np.ndarray:
+def _from_objects(array: NDArray[Any], label: str) -> NDArray[Any]:
+    """Floats from Python objects; text is refused even where it spells a number."""
     try:
+        if any(isinstance(item, str | bytes) for item in array.flat):
+            raise TypeError("text")
         return array.astype(np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"Expected {label} with numbers only, in rows of equal length; got an array of Python"
-            f" objects of shape {array.shape}. Encode categories as numbers first."
+            f"Expected {label} with numbers only, none missing; got Python objects in an array of"
+            f" shape {array.shape} ({error}). Encode categories as numbers first."
         ) from None
 
 

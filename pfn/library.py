@@ -35,18 +35,33 @@ def load(
     Raises:
         ValueError: if there is no such checkpoint, or its files are damaged or too new.
     """
-    folder = Path(name)
-    if not (folder / "card.json").is_file():
-        folder = _pretrained() / str(name)
-    if not (folder / "card.json").is_file():
-        shipped = [card.name for card in models()]
-        raise ValueError(
-            f"Expected a model among {shipped} or a folder with a card.json; got {str(name)!r}."
-        )
-    transformer, card = load_checkpoint(folder, device)
+    transformer, card = load_checkpoint(find(name), device)
     if prior is None and card.prior is not None:
         prior = from_config(card.prior)
     return PFN(transformer, card, prior)
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a checkpoint, by path or by shipped name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for folder in (Path(name), _pretrained() / str(name)):
+        if (folder / "card.json").is_file():
+            return folder
+    shipped = [card.name for card in models()]
+    raise ValueError(
+        f"Expected a model among {shipped} or a folder with a card.json; got {str(name)!r}."
+    )
+
+
+def choose(model: str | Path | PFN, d: int) -> PFN:
+    """The PFN that `model` means for data of `d` features; see `predict`. Kept once loaded."""
+    if isinstance(model, PFN):
+        return model
+    folder = find(_automatic(d) if model == "auto" else model)
+    return _cached(folder, (folder / "card.json").stat().st_mtime_ns)
 
 
 def predict(
@@ -79,8 +94,7 @@ def predict(
         torch.Size([1])
     """
     if not isinstance(model, PFN):
-        name = _automatic(check_context(context).x.shape[-1]) if model == "auto" else model
-        model = _cached(str(name))
+        model = choose(model, check_context(context).x.shape[-1])
     return model.predict(
         context,
         x_query,
@@ -98,12 +112,15 @@ def _automatic(d: int) -> str:
         if name in cards and d <= cards[name].architecture.max_features:
             return name
     limits = {name: card.architecture.max_features for name, card in cards.items()}
-    raise ValueError(f"Expected at most as many features as a shipped model has, {limits}; got {d}.")
+    raise ValueError(
+        f"Expected as many features as a shipped model has at most, {limits}; got {d}."
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _cached(name: str) -> PFN:
-    return load(name)
+def _cached(folder: Path, written: int) -> PFN:
+    """A loaded checkpoint, until its card is written anew."""
+    return load(folder)
 
 
 def _pretrained() -> Path:

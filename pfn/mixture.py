@@ -23,7 +23,7 @@ def mixture_log_prob(log_weights: Tensor, means: Tensor, log_stds: Tensor, y: Te
 
 
 def normal_cdf(z: Tensor) -> Tensor:
-    """Phi(z), with full relative precision in the lower tail (torch.special.ndtr has none there)."""
+    """Phi(z), precise in the lower tail too, where torch.special.ndtr is not."""
     return 0.5 * torch.erfc(-z / math.sqrt(2))
 
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, LogNormal, MixtureSameFamily, Normal
 
 from pfn.card import ModelCard
 from pfn.data import Context, check_context, check_finite, check_query, to_tensor
 from pfn.predictive import Predictive
-from pfn.transformer import Encoded, Mixture, Transformer, TransformerConfig
+from pfn.transformer import Encoded, Latent, Mixture, Transformer
 from priors import Prior
 
 CHUNK = 8192  # queries per pass: bounds memory for a million queries
@@ -106,19 +108,20 @@ class PFN:
         Raises:
             ValueError: on bad data, too many features, or a context far beyond the trained size.
         """
+        parameter = next(self.transformer.parameters())
         checked = check_context(context)
+        checked = checked._replace(
+            x=checked.x.to(parameter.device), y=checked.y.to(parameter.device)
+        )
         n, d = checked.x.shape[1:]
         self._check_sizes(n, d, extrapolate_n)
         units = _units(checked, standardize, _check_bounds(bounds, d))
         known = self._known(given, units, d)
-        parameter = next(self.transformer.parameters())
-        wants_gradient = checked.x.requires_grad or checked.y.requires_grad
+        inputs = [units.map_x(checked.x), units.map_y(checked.y)]
+        inputs += [] if known is None else [known]
+        wants_gradient = any(value.requires_grad for value in inputs)
         with torch.set_grad_enabled(wants_gradient and torch.is_grad_enabled()):
-            encoded = self.transformer.encode(
-                units.map_x(checked.x).to(parameter),
-                units.map_y(checked.y).to(parameter),
-                None if known is None else known.to(parameter),
-            )
+            encoded = self.transformer.encode(*(value.to(parameter) for value in inputs))
         return Fitted(self, checked, units, encoded)
 
     def _check_sizes(self, n: int, d: int, extrapolate_n: bool) -> None:
@@ -141,58 +144,57 @@ class PFN:
                 stacklevel=4,
             )
 
-    def _known(
-        self, given: Mapping[str, Any] | None, units: Units, d: int
-    ) -> Tensor | None:
+    def _known(self, given: Mapping[str, Any] | None, units: Units, d: int) -> Tensor | None:
         """The latents of `given`, standardised, in slots (b, latent_slots); NaN where unknown."""
-        if not given:
+        if given is None:
             return None
         config = self.card.architecture
         names = [latent.name for latent in config.latents]
-        unknown = sorted(set(given) - set(names))
-        if unknown:
-            raise ValueError(f"Expected given latents among {names}; got {unknown}.")
-        batch = len(units.y_scale)
-        slots = units.y_scale.new_full((batch, config.latent_slots), math.nan)
-        start = 0
+        if not isinstance(given, Mapping) or not set(given) <= set(names):
+            raise ValueError(f"Expected given as a dict of latents among {names}; got {given!r}.")
+        batch, columns = len(units.y_scale), []
         for latent in config.latents:
-            stop = start + config.slots(latent)
+            column = units.y_scale.new_full((batch, config.slots(latent)), math.nan)
             if latent.name in given and latent.categories:
-                index = self._category(latent.name, given[latent.name], latent.categories)
-                slots[:, start:stop] = 0.0
-                slots[:, start + index] = 1.0
+                column = torch.zeros_like(column)
+                column[:, self._category(latent, given[latent.name])] = 1.0
             elif latent.name in given:
-                value = to_tensor(given[latent.name], f"given {latent.name}").double()
-                check_finite(value, f"given {latent.name}")
-                width = d if latent.per_feature else 1
-                try:
-                    value = value.reshape(-1, width) if value.ndim else value
-                    value = value.expand(batch, width)
-                except RuntimeError:
-                    raise ValueError(
-                        f"Expected given {latent.name} as a number"
-                        + (f" or {d} numbers, one per feature" if latent.per_feature else "")
-                        + f"; got shape {tuple(to_tensor(given[latent.name], '').shape)}."
-                    ) from None
-                value = self._to_prior_units(latent.name, value, units, latent.per_feature)
-                if latent.positive and not bool((value > 0).all()):
-                    raise ValueError(f"Expected a positive given {latent.name}; got {given[latent.name]}.")
-                value = value.log() if latent.positive else value
-                slots[:, start : start + width] = (value - latent.mean) / latent.std
-            start = stop
-        return slots
+                value = self._standardised(latent, given[latent.name], units, d)
+                column = F.pad(value, (0, column.shape[1] - value.shape[1]), value=math.nan)
+            columns.append(column)
+        return torch.cat(columns, dim=1)
 
-    def _category(self, name: str, value: Any, count: int) -> int:
-        labels = self.card.latent_categories.get(name, [])
+    def _category(self, latent: Latent, value: Any) -> int:
+        labels = self.card.latent_categories.get(latent.name, [])
         if isinstance(value, str) and value in labels:
             return labels.index(value)
-        if isinstance(value, int) and 0 <= value < count:
-            return value
-        raise ValueError(f"Expected given {name} among {labels or list(range(count))}; got {value!r}.")
+        if isinstance(value, Integral) and 0 <= int(value) < latent.categories:
+            return int(value)
+        raise ValueError(
+            f"Expected given {latent.name} among {labels} or as an index below {latent.categories};"
+            f" got {value!r}."
+        )
 
-    def _to_prior_units(self, name: str, value: Tensor, units: Units, per_feature: bool) -> Tensor:
-        shift, scale = self.latent_units(name, units, per_feature)
-        return (value - shift) / scale
+    def _standardised(self, latent: Latent, given: Any, units: Units, d: int) -> Tensor:
+        """A known latent (b, 1 or d) as the network takes it: prior units, logarithm, z-score."""
+        label, width = f"given {latent.name}", d if latent.per_feature else 1
+        value = to_tensor(given, label).to(units.y_scale)
+        check_finite(value, label)
+        shape = tuple(value.shape)
+        try:
+            value = value.reshape(-1, width) if value.ndim else value
+            value = value.expand(len(units.y_scale), width)
+        except RuntimeError:
+            raise ValueError(
+                f"Expected {label} as a number"
+                + (f" or {d} numbers, one per feature" if latent.per_feature else "")
+                + f"; got shape {shape}."
+            ) from None
+        shift, scale = self.latent_units(latent.name, units, latent.per_feature)
+        value = (value - shift) / scale
+        if latent.positive and not bool((value > 0).all()):
+            raise ValueError(f"Expected a positive {label}; got {given}.")
+        return ((value.log() if latent.positive else value) - latent.mean) / latent.std
 
     def latent_units(self, name: str, units: Units, per_feature: bool) -> tuple[Tensor, Tensor]:
         """Shift and scale (b, 1 or d) with data value = shift + scale * value in prior units.
@@ -212,8 +214,9 @@ class PFN:
         if unit == "x":
             if not torch.allclose(units.x_scale, units.x_scale[:, :1]):
                 raise ValueError(
-                    f"One {name} for all features has no unit where their ranges differ; pass"
-                    " equal bounds, or standardize=False."
+                    f"Expected features of one range, as one {name} for all of them has no unit"
+                    f" otherwise; got ranges {units.x_scale.tolist()}. Pass equal bounds, or"
+                    " standardize=False."
                 )
             return zero, units.x_scale[:, :1]
         return zero, one
@@ -235,67 +238,73 @@ class Fitted:
             latent: the noise-free function instead of a new noisy observation.
 
         Returns:
-            A `Predictive` of batch_shape (m,) or (b, m), in the query's floating dtype; it carries
-            a gradient exactly where the query or the context asks for one.
+            A `Predictive` of batch_shape (m,) or (b, m), in the query's floating dtype and on its
+            device; it carries a gradient exactly where the query, the context or a given latent
+            asks for one.
 
         Raises:
             ValueError: if the query does not fit the context.
         """
         x, dtype = check_query(x_query, self.context)
         parameter = next(self.pfn.transformer.parameters())
-        wants_gradient = x.requires_grad or self._encoded.scaling.center.requires_grad
-        with torch.set_grad_enabled(wants_gradient and torch.is_grad_enabled()):
+        inner, keys = self._encoded.scaling, self._encoded.layers[0].key
+        with torch.set_grad_enabled(
+            (x.requires_grad or keys.requires_grad) and torch.is_grad_enabled()
+        ):
             mapped = self.units.map_x(x.to(parameter.device)).to(parameter)
             parts = [self._mixture(chunk, latent) for chunk in mapped.split(CHUNK, dim=1)]
-            log_weights, means, log_stds = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-            inner = self._encoded.scaling
+            log_weights, means, log_stds = (torch.cat(part, 1) for part in zip(*parts, strict=True))
             scale = self.units.y_scale * inner.scale.double()
             shift = self.units.y_shift + self.units.y_scale * inner.center.double()
             means = shift[:, None, None] + scale[:, None, None] * means.double()
             stds = scale[:, None, None] * log_stds.double().exp()
-            parameters = [value.to(dtype) for value in (log_weights, means, stds)]
-            return Predictive(*(self._unbatch(value) for value in parameters))
+            log_weights, means, stds = (
+                self._unbatch(value).to(x.device, dtype) for value in (log_weights, means, stds)
+            )
+            return Predictive(log_weights, means, stds)
 
     def latents(self) -> dict[str, Distribution]:
         """Posterior marginals of the prior's latents, in the units of the data.
 
         Returns:
             By name: a log-normal mixture for a positive latent, a normal mixture for a real one, a
-            Categorical for a choice. Batch_shape () or (d,) for one per feature, after b if batched.
+            Categorical for a choice. Batch_shape () or, for one per feature, (d,); after b if
+            batched. In float64.
         """
         transformer, config = self.pfn.transformer, self.pfn.card.architecture
-        nothing = self.context.x.new_zeros(len(self.context.x), 0, self.context.x.shape[-1])
+        d = self.context.x.shape[-1]
+        nothing = self.context.x[:, :0].to(self._encoded.layers[0].key.dtype)
         with torch.no_grad():
-            final = transformer.decode(
-                self._encoded, nothing.to(self._encoded.keys[0].dtype), latents=True
-            )
+            final = transformer.decode(self._encoded, nothing, latents=True)
             mixture, logits = transformer.latent_head(final)
         marginals: dict[str, Distribution] = {}
         start = 0
         for latent in config.latents:
-            used = self.context.x.shape[-1] if latent.per_feature else 1
-            part = slice(start, start + used)
-            start += config.slots(latent)
+            stop = start + config.slots(latent)
             if latent.categories:
-                choice = logits[:, start - latent.categories : start].double()
+                choice = logits[:, start:stop].double()
                 marginals[latent.name] = Categorical(logits=self._unbatch(choice))
-                continue
-            log_weights, means, log_stds = (value[:, part].double() for value in mixture)
-            means, stds = latent.mean + latent.std * means, latent.std * log_stds.exp()
-            shift, scale = self.pfn.latent_units(latent.name, self.units, latent.per_feature)
-            if latent.positive:
-                means = means + scale.log().unsqueeze(-1)
             else:
-                means = shift.unsqueeze(-1) + scale.unsqueeze(-1) * means
-                stds = scale.unsqueeze(-1) * stds
-            if not latent.per_feature:
-                log_weights, means, stds = (v.squeeze(1) for v in (log_weights, means, stds))
-            kind = LogNormal if latent.positive else Normal
-            marginals[latent.name] = MixtureSameFamily(
-                Categorical(logits=self._unbatch(log_weights)),
-                kind(self._unbatch(means), self._unbatch(stds)),
-            )
+                used = slice(start, start + d) if latent.per_feature else start
+                part = Mixture(*(value[:, used].double() for value in mixture))
+                marginals[latent.name] = self._marginal(latent, part)
+            start = stop
         return marginals
+
+    def _marginal(self, latent: Latent, mixture: Mixture) -> Distribution:
+        """A latent's mixture, out of z-scores and prior units; a log-normal one where positive."""
+        shift, scale = self.pfn.latent_units(latent.name, self.units, latent.per_feature)
+        if not latent.per_feature:
+            shift, scale = shift.squeeze(1), scale.squeeze(1)
+        shift, scale = shift.detach().unsqueeze(-1), scale.detach().unsqueeze(-1)
+        means = latent.mean + latent.std * mixture.means
+        stds = latent.std * mixture.log_stds.exp()
+        weights = Categorical(logits=self._unbatch(mixture.log_weights))
+        if latent.positive:
+            means, stds = self._unbatch(means + scale.log()), self._unbatch(stds)
+            return MixtureSameFamily(weights, LogNormal(means, stds))
+        means, stds = self._unbatch(shift + scale * means), self._unbatch(scale * stds)
+        return MixtureSameFamily(weights, Normal(means, stds))
 
     def _unbatch(self, value: Tensor) -> Tensor:
         return value if self.context.batched else value.squeeze(0)
@@ -308,28 +317,26 @@ class Fitted:
 
 def _units(context: Context, standardize: bool, bounds: Tensor | None) -> Units:
     """The affine maps of the contract; identity without `standardize`."""
-    x, y = context.x.detach(), context.y.detach()
+    x, y = context.x, context.y
     b, n, d = x.shape
     units = Units(x.new_zeros(b, d), x.new_ones(b, d), y.new_zeros(b), y.new_ones(b))
     if not standardize:
         return units
     if n > 0:
-        y_scale = y.std(1) if n > 1 else y.new_zeros(b)
-        units = units._replace(
-            y_shift=y.mean(1), y_scale=torch.where(y_scale > 0, y_scale, 1.0)
-        )
-    if bounds is not None:
-        return units._replace(
-            x_shift=bounds[0].expand(b, d), x_scale=(bounds[1] - bounds[0]).expand(b, d)
-        )
-    if n > 0:
         low, high = x.amin(1), x.amax(1)
-        spread = high - low
-        constant = spread <= 0
+        constant = high <= low
         units = units._replace(
             x_shift=torch.where(constant, low - 0.5, low),  # a constant column sits mid-box
-            x_scale=torch.where(constant, 1.0, spread),
+            x_scale=torch.where(constant, 1.0, high - low),
+            y_shift=y.mean(1),
         )
+    if n > 1:
+        y_scale = y.std(1)
+        varies = (y.amax(1) > y.amin(1)) & (y_scale > 0)  # rounding gives constants a tiny spread
+        units = units._replace(y_scale=torch.where(varies, y_scale, 1.0))
+    if bounds is not None:
+        low, high = bounds.to(x).expand(b, 2, d).unbind(1)
+        units = units._replace(x_shift=low, x_scale=high - low)
     return units
 
 
@@ -337,10 +344,10 @@ def _check_bounds(bounds: Any, d: int) -> Tensor | None:
     if bounds is None:
         return None
     tensor = to_tensor(bounds, "bounds").double()
+    check_finite(tensor, "bounds")
     if tensor.shape != (2, d) or not bool((tensor[0] < tensor[1]).all()):
         raise ValueError(
             f"Expected bounds of shape (2, {d}), lower ends below upper ends, like context x with"
             f" d = {d}; got {tensor.tolist() if tensor.numel() <= 8 else tuple(tensor.shape)}."
         )
-    check_finite(tensor, "bounds")
     return tensor

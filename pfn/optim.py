@@ -1,8 +1,8 @@
 """The optimiser of pretraining: Muon for the matrices inside the blocks, AdamW for the rest.
 
 Both live in one class whose state is a flat dictionary of tensors, so that a run is saved without
-pickling. Muon: Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks"; the
-scale of its update follows Liu et al., 2025 (arXiv 2502.16982), so that both parts share a step size.
+pickling. Muon: Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks"; its
+update is scaled as in Liu et al., 2025 (arXiv 2502.16982), so that both parts share a step size.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Optimizer:
-    """Muon for two-dimensional parameters named `blocks.*`, AdamW for all others.
+    """Muon for the weight matrices of `model.blocks`, AdamW for all other parameters.
 
     Args:
         model: its parameters are updated in place by `step`.
-        weight_decay: decoupled, applied to matrices only.
+        weight_decay: decoupled, applied to two-dimensional parameters only.
         muon: False trains everything with AdamW.
     """
 
     def __init__(self, model: nn.Module, *, weight_decay: float, muon: bool = True) -> None:
         self.weight_decay = weight_decay
-        self.parameters = dict(model.named_parameters())
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.by_shape: dict[torch.Size, list[str]] = defaultdict(list)
         self.state: dict[str, Tensor] = {"count": torch.zeros((), dtype=torch.int64)}
         for name, parameter in self.parameters.items():
-            if muon and name.startswith("blocks.") and name.endswith("weight") and parameter.ndim == 2:
+            is_matrix = parameter.ndim == 2 and name.endswith("weight")
+            if muon and is_matrix and name.startswith("blocks."):
                 self.by_shape[parameter.shape].append(name)
                 self.state[f"momentum.{name}"] = torch.zeros_like(parameter)
             else:
@@ -66,9 +67,9 @@ class Optimizer:
         denominator = torch._foreach_sqrt(second)
         torch._foreach_div_(denominator, math.sqrt(1 - BETAS[1] ** count))
         torch._foreach_add_(denominator, 1e-8)
-        torch._foreach_addcdiv_(parameters, first, denominator, -lr / (1 - BETAS[0] ** count))
         matrices = [parameter for parameter in parameters if parameter.ndim == 2]
         torch._foreach_mul_(matrices, 1 - lr * self.weight_decay)
+        torch._foreach_addcdiv_(parameters, first, denominator, -lr / (1 - BETAS[0] ** count))
 
     def _muon(self, names: list[str], lr: float) -> None:
         """One orthogonalised momentum step for all matrices of one shape, stacked."""
@@ -100,5 +101,5 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

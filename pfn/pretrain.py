@@ -9,6 +9,7 @@ the objective; `optim.py` the update.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -129,16 +130,17 @@ def pretrain(
         probe: called with the averaged weights whenever state is saved.
 
     Raises:
-        ValueError: if the saved state belongs to another recipe.
-        FloatingPointError: if the loss is not finite for 20 steps in a row.
+        ValueError: if the saved state belongs to another recipe or prior.
+        FloatingPointError: if the gradient is not finite for 20 steps in a row.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rank, world = _join_processes(device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     network = architecture(prior, config)
-    torch.manual_seed(config.seed)
-    model = Transformer(network).to(device)
+    with torch.random.fork_rng(devices=[]):  # initial weights come from the global generator
+        torch.default_generator.manual_seed(config.seed)
+        model = Transformer(network).to(device)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = Optimizer(model, weight_decay=config.weight_decay, muon=config.muon)
     path = out / "state.safetensors"
@@ -148,13 +150,13 @@ def pretrain(
     compute = torch.compile(loss, dynamic=True) if config.compile else loss
 
     saved = began = time.monotonic()
-    spent, sampling, bad = elapsed, 0.0, 0
+    spent, bad = elapsed, 0
     while True:
         fraction = _fraction(config, tasks, spent, world, device)
         if fraction >= 1:
             break
         began_step = time.monotonic()
-        total = torch.zeros(3, device=device)  # loss of y, excess, share of finite micro-batches
+        total = torch.zeros(2, device=device)  # loss of y, excess
         done_tasks = done_tokens = 0
         draw_seconds = 0.0
         for part in range(config.micro_batches):
@@ -169,7 +171,7 @@ def pretrain(
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                 value, report_y, excess = compute(model, lesson)
             (value / config.micro_batches).backward()
-            total += torch.stack([report_y, excess, torch.ones_like(excess)])
+            total += torch.stack([report_y, excess]) / config.micro_batches
         _sum_over_processes(model, total, world)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         if torch.isfinite(norm):
@@ -188,9 +190,8 @@ def pretrain(
         step, tasks = step + 1, tasks + done_tasks
         now = time.monotonic()
         spent = elapsed + now - began
-        sampling += draw_seconds
         if rank == 0:
-            mean_y, mean_excess, _ = (total / total[2]).tolist()
+            mean_y, mean_excess = total.tolist()
             progress = Progress(
                 step=step,
                 tasks=tasks,
@@ -205,10 +206,10 @@ def pretrain(
             if now - saved > config.save_every:
                 saved = now
                 _save_state(path, config, model, average, optimizer, step, tasks, spent)
-                probe(_with_weights(network, average, device), progress)
+                probe(_with_weights(model, average), progress)
     if rank == 0:
         _save_state(path, config, model, average, optimizer, step, tasks, spent)
-    return _with_weights(network, average, device)
+    return _with_weights(model, average)
 
 
 class Lesson(NamedTuple):
@@ -230,7 +231,8 @@ class Lesson(NamedTuple):
 def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     """The training loss, and for people: the loss of y alone and its excess over known latents.
 
-    Expected negative log densities of y and of f, in nats per query, plus a tenth of the latents'.
+    Expected negative log density of y, in nats per query, plus half of f's and a tenth of the
+    latents'.
     """
     encoded = model.encode(lesson.x, lesson.y, lesson.known)
     final = model.decode(
@@ -243,16 +245,11 @@ def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     m = lesson.x_query.shape[1]
     with torch.autocast(final.device.type, enabled=False):
         final = final.float()
-        log_scale = encoded.scaling.scale.log().mean()
-        normalise = lambda draws: (  # noqa: E731
-            (draws - encoded.scaling.center.unsqueeze(-1)) / encoded.scaling.scale.unsqueeze(-1)
-        )
-        loss_y = log_scale - _mean_log_prob(
-            model.mixture_y(final[:, :m]), normalise(lesson.y_draws)
-        )
-        loss_f = log_scale - _mean_log_prob(
-            model.mixture_f(final[:, :m]), normalise(lesson.f_draws)
-        )
+        center, scale = (value.unsqueeze(-1) for value in encoded.scaling)
+        y_draws, f_draws = ((draws - center) / scale for draws in (lesson.y_draws, lesson.f_draws))
+        log_scale = scale.log().mean()
+        loss_y = log_scale - _mean_log_prob(model.mixture_y(final[:, :m]), y_draws)
+        loss_f = log_scale - _mean_log_prob(model.mixture_f(final[:, :m]), f_draws)
         value = loss_y + 0.5 * loss_f
         if lesson.latents is not None:
             value = value + 0.1 * latent_loss(model, final[:, m:], lesson)
@@ -310,9 +307,7 @@ def draw_lesson(
         visible = torch.randint(sizes.buffer + 1, (m,), device=device, generator=generator)
     if isinstance(prior, ConditionalPrior):
         sees = torch.full((m,), n, device=device) if visible is None else visible + sizes.context
-        tasks = prior.sample_conditional(
-            sizes.batch, n, sizes.features, sees, generator=generator
-        )
+        tasks = prior.sample_conditional(sizes.batch, n, sizes.features, sees, generator=generator)
         x, y, x_query, latents = tasks.x, tasks.y, tasks.x_query, tasks.latents
         noise = tasks.noise.unsqueeze(-1)
         std_y, std_f = (tasks.variance + noise).sqrt(), tasks.variance.sqrt()
@@ -324,6 +319,8 @@ def draw_lesson(
         x, x_query = drawn.x[:, :n], drawn.x[:, n:]
         y, y_draws, f_draws = drawn.y[:, :n], drawn.y[None, :, n:], drawn.f[None, :, n:]
         latents, entropy = drawn.latents, torch.tensor(torch.nan, device=device)
+        if drawn.num_context is not None:  # rows past it are queries only
+            x, y = x[:, : drawn.num_context], y[:, : drawn.num_context]
     slots = latent_slots(network, latents, sizes.batch, device)
     hidden = torch.rand(slots.shape, device=device, generator=generator)
     reveal = torch.rand(sizes.batch, 1, device=device, generator=generator) < config.known_share
@@ -331,12 +328,12 @@ def draw_lesson(
     x, y, x_query, y_draws, f_draws, known, slots, entropy = (
         value.float() for value in (x, y, x_query, y_draws, f_draws, known, slots, entropy)
     )
-    k = sizes.context
+    k = min(sizes.context, x.shape[1])
     return Lesson(
         x=x[:, :k],
         y=y[:, :k],
-        buffer=(x[:, k:], y[:, k:]) if sizes.buffer else None,
-        visible=visible,
+        buffer=None if visible is None else (x[:, k:], y[:, k:]),
+        visible=None if visible is None else visible.clamp_max(x.shape[1] - k),
         x_query=x_query,
         y_draws=y_draws,
         f_draws=f_draws,
@@ -364,8 +361,13 @@ def latent_slots(
 
 
 def architecture(prior: Prior, config: PretrainConfig) -> TransformerConfig:
-    """The network's frozen configuration, with the prior's moments measured on fixed draws."""
+    """The network's frozen configuration, with the prior's moments measured on fixed draws.
+
+    Raises:
+        FloatingPointError: if no draw of y or of a latent is finite.
+    """
     generator = torch.Generator().manual_seed(0)
+    units = getattr(prior, "latent_units", {})
     few = prior.sample(PROBE, 4, 1, generator=generator)
     many = prior.sample(PROBE, 4, config.max_features, generator=generator)
     latents = []
@@ -376,12 +378,13 @@ def architecture(prior: Prior, config: PretrainConfig) -> TransformerConfig:
         per_feature = value.ndim > few.latents[name].ndim or (
             value.ndim == 2 and value.shape[-1] == config.max_features
         )
-        both = torch.cat([value.flatten(), few.latents[name].flatten()])
-        positive = bool((both > 0).all())
+        both = _finite(name, value, few.latents[name])
+        positive = units.get(name) != "y" and bool((both > 0).all())  # units of y can shift
         both = both.log() if positive else both
-        mean, std = float(both.mean()), float(both.std())
-        latents.append(Latent(name, per_feature, positive, 0, mean, std if std > 0 else 1.0))
-    y = torch.cat([few.y.flatten(), many.y.flatten()])
+        mean, std = float(both.mean()), float(both.std()) or 1.0
+        latents.append(Latent(name, per_feature, positive, 0, mean, std))
+    y = _finite("y", few.y, many.y)
+    spread = float((y.quantile(0.84) - y.quantile(0.16)) / 2)  # a heavy tail must not inflate it
     return TransformerConfig(
         max_features=config.max_features,
         width=config.width,
@@ -391,7 +394,7 @@ def architecture(prior: Prior, config: PretrainConfig) -> TransformerConfig:
         fourier_octaves=config.fourier_octaves,
         components=config.components,
         y_mean=float(y.median()),
-        y_std=float((y.quantile(0.84) - y.quantile(0.16)) / 2),  # a heavy tail must not inflate it
+        y_std=spread or 1.0,
         latents=tuple(latents),
     )
 
@@ -401,6 +404,17 @@ def schedule(fraction: float, warmup: float) -> float:
     if fraction < warmup:
         return max(fraction / warmup, 0.01)
     return 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup)))
+
+
+def _finite(name: str, *values: Tensor) -> Tensor:
+    """All finite entries (k,): a rare broken draw of a prior must not spoil its moments."""
+    flat = torch.cat([value.flatten() for value in values])
+    flat = flat[flat.isfinite()]
+    if not len(flat):
+        raise FloatingPointError(
+            f"Expected finite draws of {name}; the prior's are all NaN or inf."
+        )
+    return flat
 
 
 def _mean_log_prob(mixture: Mixture, draws: Tensor) -> Tensor:
@@ -458,12 +472,10 @@ def _sum_over_processes(model: Transformer, total: Tensor, world: int) -> None:
         parameter.grad = gradient.view_as(parameter)
 
 
-def _with_weights(
-    network: TransformerConfig, weights: dict[str, Tensor], device: torch.device
-) -> Transformer:
-    model = Transformer(network).to(device)
-    model.load_state_dict(weights)
-    return model.eval()
+def _with_weights(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
+    other = copy.deepcopy(model)
+    other.load_state_dict(weights)
+    return other.eval()
 
 
 def _save_state(
@@ -480,10 +492,8 @@ def _save_state(
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.state.items()}
-    metadata = {
-        "recipe": json.dumps(asdict(_identity(config))),
-        "progress": json.dumps({"step": step, "tasks": tasks, "seconds": seconds}),
-    }
+    metadata = _identity(config, model.config)
+    metadata["progress"] = json.dumps({"step": step, "tasks": tasks, "seconds": seconds})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
     safetensors.torch.save_file(
@@ -502,11 +512,12 @@ def _load_state(
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(_identity(config)))):
-        raise ValueError(
-            f"Expected the state of this recipe in {path}; found another recipe's:"
-            f" {metadata['recipe']}. Choose another output folder or remove the file."
-        )
+    for part, expected in _identity(config, model.config).items():
+        if metadata.get(part, expected) != expected:
+            raise ValueError(
+                f"Expected the state of this recipe and prior in {path}, with {part} {expected};"
+                f" got {metadata[part]}. Choose another output folder or remove the file."
+            )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
@@ -516,6 +527,10 @@ def _load_state(
     return progress["step"], progress["tasks"], progress["seconds"]
 
 
-def _identity(config: PretrainConfig) -> PretrainConfig:
-    """The settings that must agree for a run to continue; the rest may change in between."""
-    return replace(config, save_every=0.0, compile=False)
+def _identity(config: PretrainConfig, network: TransformerConfig) -> dict[str, str]:
+    """What must agree for a run to continue; the prior's moments to digits all machines share."""
+    settings = replace(config, save_every=0.0, compile=False)
+    measured = json.loads(
+        json.dumps(asdict(network)), parse_float=lambda digits: float(f"{float(digits):.6g}")
+    )
+    return {"recipe": json.dumps(asdict(settings)), "network": json.dumps(measured)}

@@ -13,8 +13,9 @@ puts units, checks and caching around this module.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,15 @@ class TransformerConfig:
     y_std: float = 1.0
     latents: tuple[Latent, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("max_features", "width", "layers", "heads", "expansion", "components"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} of at least 1; got {getattr(self, name)}.")
+        if self.width % self.heads:
+            raise ValueError(
+                f"Expected a width that heads divides; got width {self.width}, heads {self.heads}."
+            )
+
     @property
     def latent_slots(self) -> int:
         """Scalars needed to hold all latents: one each, one per feature, or one per category."""
@@ -78,52 +88,107 @@ class Scaling(NamedTuple):
     scale: Tensor
 
 
-class Encoded(NamedTuple):
-    """An encoded context, with or without buffer: per layer the keys and values (b, h, 1 + n, w/h)."""
+class Place(NamedTuple):
+    """Where tokens are, for the distance in attention; zeros for those that are nowhere."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    position: Tensor  # (b, 1, t, d)
+    present: Tensor  # (1, 1, t, 1)
+
+    def near(self, metric: Tensor) -> Near:
+        """The same in a metric (..., h, 1, d)."""
+        scaled = metric * self.position
+        square = scaled.square().sum(-1, keepdim=True)
+        return Near(scaled, square, self.present.expand_as(square))
+
+
+class Near(NamedTuple):
+    """Places in the metric of a layer, and what queries and keys append for their distance.
+
+    The inner product of the two is -|scaled_query - scaled_key|^2, or `logit` for keys nowhere.
+    """
+
+    scaled: Tensor  # (..., h, t, d)
+    square: Tensor  # (..., h, t, 1)
+    present: Tensor  # (..., h, t, 1)
+
+    def of_query(self) -> tuple[Tensor, Tensor, Tensor]:
+        return 2 * self.scaled, -self.square, self.present
+
+    def of_key(self, logit: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scaled, self.present, logit - self.square
+
+
+class EncodedLayer(NamedTuple):
+    """What one layer keeps of a context: h heads, 1 + n keys (the task token is first)."""
+
+    key: Tensor  # (b, h, 1 + n, w/h + d + 2)
+    value: Tensor  # the same, zeros from w/h on: fused kernels want one width
+    metric: Tensor  # (b, h, 1, d) square roots of precisions
+
+
+class Encoded(NamedTuple):
+    """An encoded context: all that later queries and added points need of it."""
+
+    layers: list[EncodedLayer]
     scaling: Scaling
-    count: Tensor  # (b,) number of context points
-    dimension: int  # number of features d
+    num_context: Tensor  # (b,) n, as a float
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, with an attention temperature that knows log n."""
+    """Pre-norm attention and feed-forward. Attention adds a distance that the task itself scales.
+
+    The logit of key i for query j is a temperature, which knows log n, times q_j . k_i / sqrt(w/h),
+    minus sum_l precision_l (x_jl - x_il)^2, the precisions read per head and feature from the task
+    token. A head is thus a kernel smoother whose lengthscales the network infers from the context:
+    relevance of features need not be learned anew from inner products. Both terms are one inner
+    product of longer vectors, so that the usual fused attention computes them.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        width, self.heads = config.width, config.heads
+        width, self.heads, self.max_features = config.width, config.heads, config.max_features
         self.norm_attention = nn.LayerNorm(width, bias=False)
         self.to_query = nn.Linear(width, width, bias=False)
         self.to_key_value = nn.Linear(width, 2 * width, bias=False)
         self.from_heads = nn.Linear(width, width, bias=False)
         self.temperature = nn.Parameter(torch.tensor([[1.0], [0.1]]).repeat(1, config.heads))
+        self.to_metric = nn.Linear(width, config.heads * config.max_features)
+        self.task_logit = nn.Parameter(torch.zeros(config.heads))
         self.norm_forward = nn.LayerNorm(width, bias=False)
         self.expand = nn.Linear(width, config.expansion * width)
         self.contract = nn.Linear(config.expansion * width, width)
-        for last in (self.from_heads, self.contract):
-            nn.init.zeros_(last.weight)  # every block starts as the identity
+        for last in (*self.from_heads.parameters(), *self.contract.parameters()):
+            nn.init.zeros_(last)  # every block starts as the identity
+        nn.init.zeros_(self.to_metric.weight)
+        sight = torch.linspace(-3, 3, config.heads)  # heads start from far- to near-sighted
+        self.to_metric.bias = nn.Parameter(sight.repeat_interleave(config.max_features))
 
-    def queries(self, normed: Tensor, log_count: Tensor) -> Tensor:
-        """Query vectors (b, h, tokens, w/h), sharpened by the log of the points they attend to."""
-        q = self._split(self.to_query(normed))
-        offset, slope = self.temperature
-        return q * (offset[:, None, None] + slope[:, None, None] * log_count).to(q.dtype)
+    def metric(self, normed_task: Tensor, d: int) -> Tensor:
+        """Square roots of the precisions (b, h, 1, d), from the task token (b, w)."""
+        log_precision = _full(self.to_metric(normed_task))
+        log_precision = log_precision.view(len(normed_task), self.heads, 1, self.max_features)
+        return (0.5 * log_precision[..., :d].clamp(-8, 7)).exp()
 
-    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self.to_key_value(normed).chunk(2, dim=-1)
-        return self._split(key), self._split(value)
+    def queries(self, normed: Tensor, sharpness: Tensor, *near: Tensor) -> Tensor:
+        """Query vectors (b, h, tokens, w/h + d + 2): content, `sharpness` times, and place."""
+        b, t, w = normed.shape
+        content = _full(self.to_query(normed)).view(b, t, self.heads, w // self.heads)
+        return torch.cat([content.transpose(1, 2) * sharpness, *near], dim=-1)
+
+    def keys_values(self, normed: Tensor, *near: Tensor) -> tuple[Tensor, Tensor]:
+        """Key vectors as long as the queries', and values with zeros up to the same length."""
+        b, t, w = normed.shape
+        both = _full(self.to_key_value(normed)).view(b, t, 2, self.heads, w // self.heads)
+        key, value = both.transpose(1, 3).unbind(2)  # (b, h, t, w/h)
+        key = torch.cat([key, *near], dim=-1)
+        return key, F.pad(value, (0, key.shape[-1] - value.shape[-1]))
 
     def finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
         """Adds what attention gathered (b, h, tokens, w/h), then the feed-forward layer."""
-        tokens = tokens + self.from_heads(attended.transpose(1, 2).flatten(2))
+        content = attended[..., : tokens.shape[-1] // self.heads]
+        tokens = tokens + self.from_heads(content.transpose(1, 2).flatten(2))
         hidden = F.relu(self.expand(self.norm_forward(tokens))).square()
         return tokens + self.contract(hidden)
-
-    def _split(self, flat: Tensor) -> Tensor:
-        b, t, w = flat.shape
-        return flat.view(b, t, self.heads, w // self.heads).transpose(1, 2)  # (b, h, t, w/h)
 
 
 class Transformer(nn.Module):
@@ -140,7 +205,8 @@ class Transformer(nn.Module):
         self.embed_buffer = nn.Parameter(torch.zeros(width))
         self.embed_task = nn.Linear(2 * config.latent_slots + config.max_features + 3, width)
         self.embed_latent = nn.Parameter(torch.randn(max(config.latent_slots, 1), width) * 0.5)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = cast(Sequence[Block], blocks)
         self.norm = nn.LayerNorm(width, bias=False)
         self.head_y = _mixture_head(config)
         self.head_f = _mixture_head(config)
@@ -161,16 +227,20 @@ class Transformer(nn.Module):
             ],
             dim=1,
         )  # (b, 1 + n, w)
-        log_count = count.log1p()[:, None, None, None]
-        keys, values = [], []
-        for block in self.blocks:
+        where = place(x, before=1)
+        logits = torch.stack([block.task_logit for block in self.blocks])[:, None, :, None, None]
+        logits = logits * (1 - where.present)  # (layer, 1, h, 1 + n, 1), for the task token alone
+        sharpness = self.sharpness(count[:, None])
+        layers = []
+        for block, sharp, logit in zip(self.blocks, sharpness, logits, strict=True):
             normed = block.norm_attention(tokens)
-            key, value = block.keys_values(normed)
-            keys.append(key)
-            values.append(value)
-            attended = attend(block.queries(normed, log_count), key, value)
-            tokens = block.finish(tokens, attended)
-        return Encoded(keys, values, scaling, count, x.shape[-1])
+            metric = block.metric(normed[:, 0], x.shape[-1])
+            near = where.near(metric)
+            key, value = block.keys_values(normed, *near.of_key(logit))
+            layers.append(EncodedLayer(key, value, metric))
+            query = block.queries(normed, sharp, *near.of_query())
+            tokens = block.finish(tokens, attend(query, key, value))
+        return Encoded(layers, scaling, count)
 
     def decode(
         self,
@@ -193,33 +263,41 @@ class Transformer(nn.Module):
         if latents:
             extra = self.embed_latent.expand(x_query.shape[0], -1, -1)
             queries = torch.cat([queries, extra], dim=1)
+        where = place(x_query, after=queries.shape[1] - x_query.shape[1])
         if buffer is None:
-            log_count = encoded.count.log1p()[:, None, None, None]
-            for block, key, value in zip(self.blocks, encoded.keys, encoded.values, strict=True):
-                q = block.queries(block.norm_attention(queries), log_count)
-                queries = block.finish(queries, attend(q, key, value))
+            sharpness = self.sharpness(encoded.num_context[:, None])
+            metrics = torch.stack([layer.metric for layer in encoded.layers])
+            nears = torch.cat(where.near(metrics).of_query(), dim=-1)  # of all layers at once
+            layers = zip(self.blocks, encoded.layers, sharpness, nears, strict=True)
+            for block, (key, value, _), sharp, near in layers:
+                query = block.queries(block.norm_attention(queries), sharp, near)
+                queries = block.finish(queries, attend(query, key, value))
             return self.norm(queries)
         assert visible is not None
         added = self._embed_points(*buffer, encoded.scaling) + self.embed_buffer
-        k, n = added.shape[1], encoded.keys[0].shape[2] - 1
+        k, n = added.shape[1], encoded.layers[0].key.shape[2] - 1
         if latents:
             visible = torch.cat([visible, visible.new_zeros(queries.shape[1] - len(visible))])
-        position = torch.arange(k, device=added.device)
-        sees = torch.cat([position + 1, visible])  # (k + m,) buffer points each token sees
+        order = torch.arange(k, device=added.device)
+        sees = torch.cat([order + 1, visible])  # (k + m,) buffer points each token sees
         allowed = torch.cat(
             [
                 torch.ones(len(sees), 1 + n, dtype=torch.bool, device=added.device),
-                position < sees.unsqueeze(-1),
+                order < sees.unsqueeze(-1),
             ],
             dim=1,
         )
-        log_count = (encoded.count[:, None] + sees).log1p()[:, None, :, None]  # (b, 1, k + m, 1)
         tokens = torch.cat([added, queries], dim=1)
-        for block, key, value in zip(self.blocks, encoded.keys, encoded.values, strict=True):
+        new = place(buffer[0])
+        every = Place(*(torch.cat(two, dim=2) for two in zip(new, where, strict=True)))
+        sharpness = self.sharpness(encoded.num_context[:, None] + sees)
+        for block, (key, value, metric), sharp in zip(
+            self.blocks, encoded.layers, sharpness, strict=True
+        ):
             normed = block.norm_attention(tokens)
-            key_added, value_added = block.keys_values(normed[:, :k])
+            key_added, value_added = block.keys_values(normed[:, :k], *new.near(metric).of_key())
             attended = attend(
-                block.queries(normed, log_count),
+                block.queries(normed, sharp, *every.near(metric).of_query()),
                 torch.cat([key, key_added], dim=2),
                 torch.cat([value, value_added], dim=2),
                 allowed,
@@ -228,12 +306,20 @@ class Transformer(nn.Module):
         return self.norm(tokens[:, k:])
 
     def scaling(self, y: Tensor) -> Scaling:
-        """The context's mean and standard deviation (b,), shrunk to the prior's by a pseudo-count."""
+        """The context's mean and standard deviation (b,), shrunk to the prior's."""
         total = y.shape[1] + PSEUDO_COUNT
         prior_mean, prior_variance = self.config.y_mean, self.config.y_std**2
         center = (y.sum(1) + PSEUDO_COUNT * prior_mean) / total
         squares = (y - center.unsqueeze(-1)).square().sum(1)
         return Scaling(center, ((squares + PSEUDO_COUNT * prior_variance) / total).sqrt())
+
+    def sharpness(self, count: Tensor) -> Sequence[Tensor]:
+        """Per layer, what multiplies q . k for tokens that attend to `count` (b, t) points."""
+        temperature = torch.stack([block.temperature for block in self.blocks])
+        offset, slope = temperature[:, :, None, :, None, None].unbind(1)  # (layer, 1, h, 1, 1)
+        log_count = count.log1p()[:, None, :, None]  # (b, 1, t, 1)
+        root = math.sqrt(self.config.width // self.config.heads)
+        return ((offset + slope * log_count) / root).unbind()
 
     def mixture_y(self, final: Tensor) -> Mixture:
         """Mixtures over a new observation, in the normalised units of `scaling`."""
@@ -249,24 +335,20 @@ class Transformer(nn.Module):
         return _to_mixture(raw[..., :-1]), raw[..., -1]
 
     def _embed_features(self, x: Tensor) -> Tensor:
-        """Embeds inputs (b, n, d): each feature raw and as sines and cosines of doubling frequency."""
-        d, missing = x.shape[-1], self.config.max_features - x.shape[-1]
-        centered = 2 * x - 1  # the prior's box [0, 1] becomes [-1, 1]
+        """Embeds inputs (b, n, d): each feature raw and in waves of doubling frequency."""
+        d, weight = x.shape[-1], self.embed_x.weight
+        centered = (2 * x - 1).unsqueeze(-1)
         octaves = torch.arange(self.config.fourier_octaves, device=x.device)
-        phase = centered.unsqueeze(-1) * (0.5 * math.pi * 2**octaves)  # (b, n, d, octaves)
-        features = torch.cat([centered.unsqueeze(-1), phase.sin(), phase.cos()], dim=-1)
-        features = F.pad(features, (0, 0, 0, missing)).flatten(-2)
-        which = F.one_hot(torch.tensor(d - 1, device=x.device), self.config.max_features)
-        which = which.to(x.dtype).expand(*x.shape[:-1], -1)
-        return self.embed_x(torch.cat([features, which], dim=-1))
+        phase = centered * (0.5 * math.pi * 2**octaves)  # (b, n, d, octaves)
+        features = torch.cat([centered, phase.sin(), phase.cos()], dim=-1).flatten(-2)
+        which = weight[:, d - 1 - self.config.max_features]  # the input that says "d features"
+        return F.linear(features, weight[:, : features.shape[-1]], self.embed_x.bias + which)
 
     def _embed_points(self, x: Tensor, y: Tensor, scaling: Scaling) -> Tensor:
         normalised = (y - scaling.center.unsqueeze(-1)) / scaling.scale.unsqueeze(-1)
         return self._embed_features(x) + self.embed_y(normalised.unsqueeze(-1))
 
-    def _task_token(
-        self, scaling: Scaling, count: Tensor, d: int, known: Tensor | None
-    ) -> Tensor:
+    def _task_token(self, scaling: Scaling, count: Tensor, d: int, known: Tensor | None) -> Tensor:
         """One token (b, 1, w) for what concerns the whole task: scale, size, known latents."""
         if known is None:
             known = scaling.center.new_full((len(count), self.config.latent_slots), torch.nan)
@@ -286,13 +368,20 @@ class Transformer(nn.Module):
         ).unsqueeze(1)
 
 
-def attend(q: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention, in float32 on a CPU: its bfloat16 backward pass is 10 x slower."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):
-            q, key, value = q.float(), key.float(), value.float()
-            return F.scaled_dot_product_attention(q, key, value, attn_mask=allowed)
-    return F.scaled_dot_product_attention(q, key, value, attn_mask=allowed)
+def place(x: Tensor, *, before: int = 0, after: int = 0) -> Place:
+    """Where tokens at x (b, n, d) are, with others at no place `before` and `after` them."""
+    position = (2 * _full(x) - 1).unsqueeze(1)  # the prior's box becomes [-1, 1]^d
+    present = torch.ones_like(position[:1, :, :, :1])
+    pad = (0, 0, before, after)
+    return Place(F.pad(position, pad), F.pad(present, pad))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Fused attention in float32, which the differences of squares inside the logits need."""
+    if torch.is_autocast_enabled(query.device.type):
+        with torch.autocast(query.device.type, enabled=False):
+            return F.scaled_dot_product_attention(query, key, value, allowed, scale=1.0)
+    return F.scaled_dot_product_attention(query, key, value, allowed, scale=1.0)
 
 
 def _mixture_head(config: TransformerConfig) -> nn.Linear:
@@ -306,6 +395,11 @@ def _mixture_head(config: TransformerConfig) -> nn.Linear:
 
 
 def _to_mixture(raw: Tensor) -> Mixture:
-    """Log weights, means and log standard deviations, the last within e^-10 .. e^10."""
-    weights, means, log_stds = raw.float().chunk(3, dim=-1)
+    """Log weights, means and log standard deviations, the last within -10 .. 10."""
+    weights, means, log_stds = _full(raw).chunk(3, dim=-1)
     return Mixture(weights.log_softmax(-1), means, 10 * torch.tanh(log_stds / 10))
+
+
+def _full(value: Tensor) -> Tensor:
+    """At least float32: what bfloat16 matrix products gave is widened, float64 is kept."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

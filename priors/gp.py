@@ -8,7 +8,9 @@ integrated out is in `quadrature.py` (up to three of them) and `nuts.py` (more).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from priors.draws import draw
 from priors.inputs import DESIGNS, draw_inputs
 from priors.kernels import KERNELS
 from priors.tasks import ConditionalTasks, Tasks
+
+if TYPE_CHECKING:
+    from priors.reference import Marginal
 
 JITTER = 1e-10  # relative to the outputscale; raised tenfold only for tasks that fail to factorise
 
@@ -82,6 +87,18 @@ class GaussianProcess:
         """How each latent scales: with "x", "y", "y^2", or not at all (""), for unit conversions."""
         return {"lengthscale": "x", "outputscale": "y^2", "noise": "y^2", "mean": "y", "kernel": ""}
 
+    @property
+    def latent_categories(self) -> dict[str, list[str]]:
+        """The names behind latents that are indices."""
+        return {"kernel": list(self.kernels)}
+
+    def posterior_is_quick(self, d: int) -> bool:
+        """Whether `posterior` of a task with d features is quadrature, in well under a second."""
+        from priors.hyperpriors import hyperpriors  # on demand: both are built on this module
+        from priors.reference import QUADRATURE_LIMIT
+
+        return hyperpriors(self, d, {}).dim <= QUADRATURE_LIMIT
+
     def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
         """Draws `batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
         theta = self._draw_hyperparameters(batch, d, generator=generator)
@@ -129,6 +146,132 @@ class GaussianProcess:
             noise=theta["noise"],
             latents=self._report(theta),
         )
+
+    def posterior(
+        self,
+        context: tuple[Any, Any],
+        x_query: Any,
+        latent: bool = False,
+        *,
+        joint: bool = False,
+        given: Mapping[str, Any] | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> Distribution:
+        """The posterior predictive at `x_query`, the hyperpriors and the kernel integrated out.
+
+        Up to three hyperparameters take deterministic quadrature, with an error below 1e-4 nats in
+        the log density; more take NUTS, which needs the extra `reference`. A normal prior of the
+        mean does not count, because it is integrated out in closed form.
+
+        Args:
+            context: x (n, d) or (b, n, d), or (n,) where d = 1, and y (n,) or (b, n).
+            x_query: (m, d), (b, m, d) or (m,).
+            latent: the noise-free function instead of a new observation.
+            joint: one joint distribution over all queries instead of one for each.
+            given: latents that are known, by their names in `Tasks.latents`; noise is a variance.
+            method: "quadrature" or "nuts" instead of the choice above.
+            seed: of NUTS.
+
+        Returns:
+            A float64 mixture of normals, batch_shape (m,) or (b, m); with `joint`, event_shape (m,)
+            and batch_shape () or (b,). A single normal where all hyperparameters are known.
+
+        Raises:
+            ValueError: arguments of other shapes, not finite, or of unknown latents.
+
+        Example:
+            >>> posterior = GaussianProcess().posterior(([0.1, 0.6], [0.3, -1.0]), [0.2, 0.4, 0.9])
+            >>> posterior.mean.shape
+            torch.Size([3])
+        """
+        from priors import reference  # on demand: it is built on this module
+
+        return reference.posterior(
+            self, context, x_query, latent, joint=joint, given=given, method=method, seed=seed
+        )
+
+    def log_evidence(
+        self,
+        context: tuple[Any, Any],
+        *,
+        given: Mapping[str, Any] | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """log p(y | x) in nats, () or (b,), all that is not `given` integrated out.
+
+        Args: see `posterior`. NUTS estimates it by bridge sampling.
+        """
+        from priors import reference
+
+        return reference.log_evidence(self, context, given=given, method=method, seed=seed)
+
+    def latent_posterior(
+        self,
+        context: tuple[Any, Any],
+        *,
+        given: Mapping[str, Any] | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> dict[str, Marginal]:
+        """The posterior marginal of each latent of one task: `.mean`, `.variance`, `.quantile`.
+
+        Args: see `posterior`; the context is one task.
+        """
+        from priors import reference
+
+        return reference.latent_posterior(self, context, given=given, method=method, seed=seed)
+
+    def conditional(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_query: Tensor,
+        theta: dict[str, Tensor],
+        *,
+        joint: bool = False,
+        mean_variance: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Posterior mean (task, m) and variance (task, m), or covariance, of f given the latents.
+
+        Args:
+            x: (task, n, d).
+            y: (task, n).
+            x_query: (task, m, d).
+            theta: all latents, also those that are plain numbers in the prior; (task,), or
+                (task, dim) lengthscales with `ard`.
+            joint: the covariance (task, m, m) instead of the variance.
+            mean_variance: of a normal prior of the mean around theta["mean"], integrated out.
+
+        Reference: Rasmussen and Williams, equations 2.25 and 2.26.
+        """
+        factor, z = self.whiten(x, y, theta, mean_variance)
+        cross = self.covariance(x, x_query, theta) + mean_variance  # (task, n, m)
+        weights = torch.linalg.solve_triangular(factor, cross, upper=False)
+        mean = theta["mean"].unsqueeze(-1) + (weights * z.unsqueeze(-1)).sum(-2)
+        if joint:
+            prior = self.covariance(x_query, x_query, theta) + mean_variance
+            return mean, prior - weights.mT @ weights
+        variance = self.variance(x_query, theta) + mean_variance - weights.square().sum(-2)
+        return mean, variance.clamp_min(JITTER * theta["outputscale"].unsqueeze(-1))
+
+    def log_likelihood(
+        self, x: Tensor, y: Tensor, theta: dict[str, Tensor], *, mean_variance: float = 0.0
+    ) -> Tensor:
+        """log p(y | x, latents) in nats, (task,); arguments as in `conditional`."""
+        factor, z = self.whiten(x, y, theta, mean_variance)
+        log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * (z.square().sum(-1) + log_determinant + y.shape[-1] * math.log(2 * math.pi))
+
+    def whiten(
+        self, x: Tensor, y: Tensor, theta: dict[str, Tensor], mean_variance: float
+    ) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor L (task, n, n) of y's covariance, and L^-1 (y - mean) (task, n)."""
+        covariance = self.covariance(x, x, theta) + mean_variance
+        factor = cholesky(covariance, theta["noise"] + JITTER * theta["outputscale"])
+        centred = (y - theta["mean"].unsqueeze(-1)).unsqueeze(-1)
+        return factor, torch.linalg.solve_triangular(factor, centred, upper=False).squeeze(-1)
 
     def variance(self, x: Tensor, theta: dict[str, Tensor]) -> Tensor:
         """Prior variance (task, n) of f at x (task, n, d): the diagonal of `covariance`."""

@@ -23,10 +23,10 @@ config = PretrainConfig(
     max_features=1,
     max_context=256,
     width=96,
-    layers=10,
+    layers=8,
     heads=6,
     expansion=2,
     fourier_octaves=6,  # the shortest period is 1/16 of the box
     lr=5e-3,
-    seconds=4800,
+    seconds=3800,
 )

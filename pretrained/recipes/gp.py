@@ -26,10 +26,10 @@ config = PretrainConfig(
     max_features=12,
     max_context=256,
     width=96,
-    layers=10,
+    layers=8,
     heads=6,
     expansion=2,
     fourier_octaves=3,
     lr=5e-3,
-    seconds=6300,
+    seconds=5600,
 )

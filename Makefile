@@ -1,0 +1,42 @@
+# The set-up runs on a bare machine and is skipped while pyproject.toml and constraints.txt are older
+# than the stamps in .venv. torch has to be resolved in one pip command with the constraints.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+install = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	-c constraints.txt -e ".[$(1)]" && touch $@
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(VENV)/demo.stamp  ## predictions on real data, beside a fitted GP
+	$(BIN)/pfn demo
+
+test: $(VENV)/test.stamp  ## everything that decides, in minutes
+	$(BIN)/python -m pytest -n 2 -m "not slow" -q
+
+test-all: $(VENV)/test.stamp  ## and the slow tests
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) dist
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (once, about a minute) ..."
+	@$(call install,bo$(,)sklearn$(,)plot)
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (once, a few minutes) ..."
+	@$(call install,test)
+
+, := ,

@@ -1,0 +1,359 @@
+"""Design choices at equal compute: the head, the optimizer, the loss, the features, the batch.
+
+    python benchmarks/studies.py [--only head] [--cpu-seconds 60]
+
+Each run trains a small network (width 64, 8 layers) for the same CPU time on one core, sampling
+included, and is judged at the end of its schedule on tasks that it never saw. What is compared is
+the loss of y in nats per query, and, for the Gaussian-process prior, its excess over someone who
+knows all latents. Runs are kept in results/studies-runs.json, so that a stopped study continues.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import common  # first: it quietens OpenMP before torch starts
+import torch
+import typer
+from torch import Tensor, nn
+
+from pfn.mixture import mixture_log_prob
+from pfn.optim import Optimizer
+from pfn.pretrain import Lesson, PretrainConfig, Sizes, architecture, draw_lesson, plan, schedule
+from pfn.transformer import Block, Transformer
+from priors import GaussianProcess, Prior, Tasks
+
+RECIPES = Path(__file__).parent.parent / "pretrained" / "recipes"
+SEEDS = {"head": 2}  # runs per variant, one in the other studies
+CONTEXTS = (2, 8, 32, 128)  # sizes of held-out contexts
+HELD_OUT = 10**9  # a step that no training run reaches
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run's settings. `single_draws` hides the distributions of queries that a prior knows."""
+
+    prior: str = "gp-1d"
+    head: str = "10 normals"
+    muon: bool = True
+    lr: float = 5e-3
+    single_draws: bool = False
+    octaves: int = 6
+    queries: int = 48
+    log_n_temperature: bool = True
+    seed: int = 0
+
+    def config(self, cpu_seconds: float) -> PretrainConfig:
+        """The trainer's settings: a small network, and none of the auxiliary tasks."""
+        return PretrainConfig(
+            width=64,
+            layers=8,
+            heads=4,
+            expansion=2,
+            fourier_octaves=self.octaves,
+            seconds=cpu_seconds,
+            queries=self.queries,
+            tokens=1024,
+            micro_batches=2,
+            buffer_share=0.0,
+            known_share=0.0,
+            latent_share=0.0,
+            lr=self.lr,
+            muon=self.muon,
+            bf16=False,
+            seed=self.seed,
+        )
+
+
+HEADS = ("10 normals", "10 student-t", "100 bars", "1000 bars")
+STUDIES: dict[str, dict[str, Variant]] = {
+    "head": {
+        f"{head} on {prior}": Variant(prior, head)
+        for prior in ("gp-1d", "heavy-tails")
+        for head in HEADS
+    },
+    "optimizer": {
+        **{f"Muon, lr {lr}": Variant(lr=lr) for lr in (5e-3, 1e-2)},
+        **{f"AdamW, lr {lr}": Variant(muon=False, lr=lr) for lr in (1e-3, 2e-3, 4e-3)},
+    },
+    "loss": {
+        "8 draws from each query's conditional": Variant(),
+        "one draw per query": Variant(single_draws=True),
+    },
+    "octaves": {f"{octaves} Fourier octaves": Variant(octaves=octaves) for octaves in (0, 3, 6)},
+    "queries": {f"{queries} per task": Variant(queries=queries) for queries in (16, 48, 128)},
+    "temperature": {
+        "attention sharpened by log n": Variant(),
+        "constant temperature": Variant(log_n_temperature=False),
+    },
+}
+
+
+# Priors
+
+
+class SampleOnly:
+    """A prior that shows single draws only, as a user's own prior may."""
+
+    def __init__(self, base: Prior) -> None:
+        self.sample = base.sample
+
+
+class HeavyTails:
+    """y_i = s (f(x_i) + e_i): f a Gaussian process, e_i Student-t, and s^2 inverse-gamma per task.
+
+    Both the scales of tasks and single observations have the tails of 3 degrees of freedom.
+    """
+
+    def __init__(self, base: GaussianProcess) -> None:
+        self.base = base
+
+    def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
+        tasks = self.base.sample(batch, n, d, generator=generator)
+        scale, ratio = (_inverse_chi(shape, generator) for shape in ((batch, 1), (batch, n)))
+        f = scale * tasks.f
+        return Tasks(tasks.x, f + scale * ratio * (tasks.y - tasks.f), f, {})
+
+
+def _inverse_chi(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """sqrt(3 / chi-square(3)): times a standard normal it is a Student-t with 3 degrees."""
+    normal = torch.randn(3, *shape, dtype=torch.float64, generator=generator)
+    return (3 / normal.square().sum(0)).sqrt()
+
+
+def make_prior(name: str) -> Prior:
+    recipe: GaussianProcess = runpy.run_path(str(RECIPES / "gp-1d.py"))["prior"]
+    return recipe if name == "gp-1d" else HeavyTails(recipe)
+
+
+# Heads: from `size` numbers per query to a log density in the network's normalised units of y
+
+
+class Head(Protocol):
+    bias: Tensor  # (size,) where training starts
+
+    def log_prob(self, raw: Tensor, z: Tensor) -> Tensor:
+        """log q(z) (s, b, m) for the head's output (b, m, size) and draws z (s, b, m)."""
+        ...
+
+
+class Normals:
+    """The library's head: a mixture of normals."""
+
+    def __init__(self, components: int) -> None:
+        self.bias = torch.zeros(3, components)
+        self.bias[1] = torch.linspace(-1.5, 1.5, components)
+        self.bias = self.bias.flatten()
+
+    def log_prob(self, raw: Tensor, z: Tensor) -> Tensor:
+        weights, means, log_stds = raw.chunk(3, dim=-1)
+        return mixture_log_prob(weights.log_softmax(-1), means, 10 * torch.tanh(log_stds / 10), z)
+
+
+class StudentTs:
+    """A mixture of Student-t's, each with its own degrees of freedom above 2 (10 at first)."""
+
+    def __init__(self, components: int) -> None:
+        self.bias = torch.cat([Normals(components).bias, torch.full((components,), 8.0)])
+
+    def log_prob(self, raw: Tensor, z: Tensor) -> Tensor:
+        weights, means, log_scales, dof = raw.chunk(4, dim=-1)
+        log_scales = 10 * torch.tanh(log_scales / 10)
+        dof = 2 + nn.functional.softplus(dof)
+        normaliser = torch.lgamma((dof + 1) / 2) - torch.lgamma(dof / 2)
+        normaliser = normaliser - 0.5 * (math.pi * dof).log() - log_scales
+        square = ((z.unsqueeze(-1) - means) * torch.exp(-log_scales)).square()
+        log_t = normaliser - 0.5 * (dof + 1) * torch.log1p(square / dof)
+        return torch.logsumexp(weights.log_softmax(-1) + log_t, dim=-1)
+
+
+class Bars:
+    """A histogram: bars of equal prior mass, half-normal tails fitted to the prior's draws."""
+
+    def __init__(self, count: int, draws: Tensor) -> None:
+        self.bias = torch.zeros(count)
+        ordered = draws.sort().values
+        steps = torch.linspace(0, len(ordered) - 1, count + 1)[1:-1].long()
+        self.borders = ordered[steps]  # (count - 1,)
+        self.log_widths = self.borders.diff().clamp_min(1e-6).log()
+        low, high = self.borders[0], self.borders[-1]
+        self.tails = torch.stack(  # the half-normals' most likely scales
+            [
+                (ordered[ordered < low] - low).square().mean().sqrt(),
+                (ordered[ordered > high] - high).square().mean().sqrt(),
+            ]
+        )
+
+    def log_prob(self, raw: Tensor, z: Tensor) -> Tensor:
+        bar = torch.searchsorted(self.borders, z)  # (s, b, m)
+        log_mass = raw.log_softmax(-1).gather(-1, bar.permute(1, 2, 0)).permute(2, 0, 1)
+        inside = -self.log_widths[(bar - 1).clamp(0, len(self.log_widths) - 1)]
+        upper = bar == len(self.borders)
+        excess = torch.where(upper, z - self.borders[-1], self.borders[0] - z)
+        scale = self.tails[upper.long()]
+        tail = 0.5 * math.log(2 / math.pi) - scale.log() - 0.5 * (excess / scale).square()
+        return log_mass + torch.where((bar == 0) | upper, tail, inside)
+
+
+def make_head(name: str, normalised_draws: Callable[[], Tensor]) -> Head:
+    count, kind = name.split()
+    if kind == "bars":
+        return Bars(int(count), normalised_draws())
+    return Normals(int(count)) if kind == "normals" else StudentTs(int(count))
+
+
+# Runs
+
+
+class Network(NamedTuple):
+    """The library's trunk under a head of the study."""
+
+    trunk: Transformer
+    head: Head
+
+
+def make_network(variant: Variant, config: PretrainConfig) -> Network:
+    prior = make_prior(variant.prior)
+    settings = architecture(prior, config)
+    torch.manual_seed(config.seed)
+    trunk = Transformer(settings)
+
+    def normalised_draws() -> Tensor:
+        lessons = [
+            _lesson(prior, trunk, config, plan(config, i, 0), HELD_OUT - i) for i in range(200)
+        ]
+        return torch.cat([_normalise(trunk, lesson).flatten() for lesson in lessons])
+
+    head = make_head(variant.head, normalised_draws)
+    for name in ("head_y", "head_f"):
+        linear = nn.Linear(config.width, len(head.bias))
+        nn.init.normal_(linear.weight, std=0.02)
+        linear.bias.data.copy_(head.bias)
+        setattr(trunk, name, linear)
+    if not variant.log_n_temperature:
+        for block in trunk.blocks:
+            assert isinstance(block, Block)
+            constant = torch.tensor([[1.0], [0.0]]).repeat(1, config.heads)
+            del block.temperature
+            block.register_buffer("temperature", constant)
+    return Network(trunk, head)
+
+
+def losses(network: Network, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """Negative log densities of y and of f, in nats, averaged over each task's queries (b,)."""
+    trunk, head = network
+    encoded = trunk.encode(lesson.x, lesson.y, lesson.known)
+    final = trunk.decode(encoded, lesson.x_query)
+    log_scale = encoded.scaling.scale.log()
+    of_y = head.log_prob(trunk.head_y(final), _normalise(trunk, lesson))
+    of_f = head.log_prob(trunk.head_f(final), _normalise(trunk, lesson, lesson.f_draws))
+    return log_scale - of_y.mean((0, 2)), log_scale - of_f.mean((0, 2))
+
+
+def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, float]]:
+    """Trains until the CPU time is spent, by the library's optimizer and schedule."""
+    network = make_network(variant, config)
+    trunk, prior = network.trunk, make_prior(variant.prior)
+    prior = SampleOnly(prior) if variant.single_draws else prior
+    optimizer = Optimizer(trunk, weight_decay=config.weight_decay, muon=config.muon)
+    assert config.seconds is not None
+    began, step, tasks = time.process_time(), 0, 0
+    while (spent := time.process_time() - began) < config.seconds:
+        for part in range(config.micro_batches):
+            sizes = plan(config, step, part)
+            loss_y, loss_f = losses(network, _lesson(prior, trunk, config, sizes, step, part))
+            ((loss_y.mean() + 0.5 * loss_f.mean()) / config.micro_batches).backward()
+            tasks += sizes.batch
+        torch.nn.utils.clip_grad_norm_(trunk.parameters(), config.clip)
+        optimizer.step(config.lr * schedule(spent / config.seconds, config.warmup))
+        trunk.zero_grad(set_to_none=True)
+        step += 1
+    return network, {"steps": step, "tasks": tasks, "cpu_seconds": round(spent, 1)}
+
+
+def judge(network: Network, variant: Variant, config: PretrainConfig, batch: int) -> dict[str, Any]:
+    """Loss of y on held-out tasks, the same for all runs on a prior, with its standard error."""
+    prior, same = make_prior(variant.prior), replace(config, seed=0, queries=48)
+    by_task, excess = [], []
+    for n in CONTEXTS:
+        lesson = _lesson(prior, network.trunk, same, Sizes(batch, n, 0, 1, False), HELD_OUT + n)
+        with torch.no_grad():
+            loss_y, _ = losses(network, lesson)
+        by_task.append(loss_y)
+        excess.append(float(loss_y.mean() - lesson.entropy))
+    errors = torch.stack([values.std() / math.sqrt(batch) for values in by_task])
+    return {
+        "loss": mean(float(values.mean()) for values in by_task),
+        "loss_by_n": {n: float(values.mean()) for n, values in zip(CONTEXTS, by_task, strict=True)},
+        "loss_standard_error": float(errors.square().sum().sqrt() / len(errors)),
+        "excess": None if math.isnan(mean(excess)) else mean(excess),
+    }
+
+
+def _lesson(
+    prior: Prior, trunk: Transformer, config: PretrainConfig, sizes: Sizes, step: int, part: int = 0
+) -> Lesson:
+    return draw_lesson(prior, trunk.config, config, sizes, step, part, torch.device("cpu"))
+
+
+def _normalise(trunk: Transformer, lesson: Lesson, draws: Tensor | None = None) -> Tensor:
+    """Draws (s, b, m) of y, or those given, in the network's units."""
+    scaling = trunk.scaling(lesson.y)
+    draws = lesson.y_draws if draws is None else draws
+    return (draws - scaling.center.unsqueeze(-1)) / scaling.scale.unsqueeze(-1)
+
+
+def run(variant: Variant, cpu_seconds: float, path: Path, batch: int = 256) -> dict[str, Any]:
+    """One run's figures, from memory where it was made before."""
+    key = json.dumps({**asdict(variant), "cpu_seconds": cpu_seconds})
+    memory = json.loads(path.read_text()) if path.exists() else {}
+    if key not in memory:
+        config = variant.config(cpu_seconds)
+        network, effort = train(variant, config)
+        memory[key] = judge(network, variant, config, batch) | effort
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps(memory, indent=1) + "\n")
+        os.replace(temporary, path)
+    return memory[key]
+
+
+def table(study: str, cpu_seconds: float, path: Path) -> list[dict[str, Any]]:
+    """One row per variant; `excess` is over known latents, `spread` half the range over seeds."""
+    rows, seeds = [], SEEDS.get(study, 1)
+    for label, variant in STUDIES[study].items():
+        runs = [run(replace(variant, seed=s), cpu_seconds, path) for s in range(seeds)]
+        losses = [figures["loss"] for figures in runs]
+        excess = [figures["excess"] for figures in runs if figures["excess"] is not None]
+        row: dict[str, Any] = {"study": study, "variant": label, "seeds": seeds}
+        row |= {"excess": mean(excess) if excess else None, "loss": mean(losses)}
+        row |= {"spread": (max(losses) - min(losses)) / 2 if seeds > 1 else None}
+        row |= {
+            name: round(mean(r[name] for r in runs)) for name in ("steps", "tasks", "cpu_seconds")
+        }
+        rows.append(row)
+    return rows
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"among {', '.join(STUDIES)}")] = None,
+    cpu_seconds: Annotated[float, typer.Option(help="per run")] = 60.0,
+) -> None:
+    torch.set_num_threads(1)
+    common.RESULTS.mkdir(exist_ok=True)
+    rows = []
+    for study in only or STUDIES:
+        rows += table(study, cpu_seconds, common.RESULTS / "studies-runs.json")
+        common.save("studies", rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,3 @@
+from pfn.cli import main
+
+main()

@@ -1,0 +1,272 @@
+"""The command line. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve others
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import pfn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pfn.model import Fitted
+
+    Array = NDArray[np.float64]
+
+QUANTILES = (0.05, 0.5, 0.95)
+SHOWN = 20  # rows of a printed table; --out and --json give all
+
+app = typer.Typer(
+    help="Bayesian posteriors in one forward pass.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Model = Annotated[str, typer.Option(help="A shipped name, a checkpoint's folder, or auto.")]
+
+
+def main() -> None:
+    """Runs the command; bad input ends with exit code 2 and one line on stderr."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _say(f"Warning: {message}")
+        try:
+            app()
+        except (ValueError, ImportError) as error:
+            _say(f"Error: {' '.join(str(error).split())}")
+            sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Bayesian posteriors in one forward pass."""
+    if show:
+        typer.echo(pfn.__version__)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("demo"),
+) -> None:
+    """Predict real tables beside a fitted GP."""
+    from pfn.demo import run
+
+    run(out)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the shipped checkpoints."""
+    from dataclasses import asdict
+
+    cards = pfn.models()
+    if as_json:
+        typer.echo(json.dumps([asdict(card) for card in cards], indent=1))
+        return
+    rows = []
+    for card in cards:
+        gap = (card.certificate.get("gap") or {}).get("mean")
+        rows.append(
+            [
+                card.name,
+                (card.prior or {}).get("prior", "your own"),
+                "{} to {}".format(*card.d_range),
+                "{} to {}".format(*card.n_range),
+                "not certified" if gap is None else f"{gap:.4f}",
+            ]
+        )
+    _print_table(["name", "prior", "features", "context", "gap, nats per query"], rows)
+
+
+@app.command()
+def predict(
+    train: Annotated[Path, typer.Argument(help="CSV file with a header.")],
+    query: Annotated[Path, typer.Argument(help="CSV file with the same feature columns.")],
+    target: Annotated[str, typer.Option(help="The column of TRAIN to predict.")],
+    features: Annotated[
+        str | None, typer.Option(help="Columns to predict from, a,b,c; all others by default.")
+    ] = None,
+    model: Model = "auto",
+    latent: Annotated[
+        bool, typer.Option("--latent", help="The noise-free function, not a new observation.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="CSV file to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Figure to write, such as out.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict a column of a CSV file.
+
+    For each row of QUERY: mean, standard deviation and quantiles. Columns match by name, and QUERY
+    may have more of them.
+    """
+    from pfn.library import choose
+    from pfn.tables import read_csv, to_numbers, write_csv
+
+    table = read_csv(train)
+    names = features.split(",") if features else [name for name in table if name != target]
+    y = to_numbers(table, [target], train)[:, 0]
+    x = to_numbers(table, names, train)
+    x_query = to_numbers(read_csv(query), names, query)
+    network = choose(model, len(names))
+    posterior = network.predict((x, y), x_query, latent=latent)
+    columns = {"mean": posterior.mean.tolist(), "std": posterior.stddev.tolist()}
+    columns |= {f"q{round(100 * p):02}": posterior.icdf(p).tolist() for p in QUANTILES}
+    if out:
+        write_csv(out, columns)
+    if plot:
+        _plot(plot, network.condition((x, y)), x_query, latent, [*names, target])
+    rows = list(zip(*columns.values(), strict=True))
+    if as_json:
+        predictions = [dict(zip(columns, row, strict=True)) for row in rows]
+        answer = {"model": network.card.name, "target": target, "features": names}
+        typer.echo(json.dumps({**answer, "predictions": predictions}, indent=1))
+    elif not out:
+        _print_table(list(columns), [[f"{value:.5g}" for value in row] for row in rows[:SHOWN]])
+        if len(rows) > SHOWN:
+            typer.echo(f"{len(rows) - SHOWN} more rows; --out FILE.csv writes all.")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A file with `prior`, or FILE.py:PRIOR.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget in seconds.")] = None,
+    tasks: Annotated[int | None, typer.Option(help="Or the budget in tasks.")] = None,
+    max_features: Annotated[int | None, typer.Option(help="Features, 1 to this.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="Context points, 0 to this.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the network.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the network.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads; they divide width.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the whole run.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Train a network on a prior.
+
+    The same command continues a run that was stopped. Options replace the recipe's settings. The
+    file is Python and is executed.
+    """
+    from pfn.recipe import load_recipe, run
+
+    settings = {
+        "seconds": seconds,
+        "tasks": tasks,
+        "max_features": max_features,
+        "max_context": max_context,
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "lr": lr,
+        "seed": seed,
+    }
+    loaded = load_recipe(recipe, **settings)
+    folder = out or Path("runs") / loaded.name
+    if run(loaded, folder, device=device):
+        typer.echo(f"Wrote {folder}; next: pfn certify {folder}")
+
+
+@app.command()
+def certify(
+    model: Annotated[str, typer.Argument(help="A shipped name or a checkpoint's folder.")],
+    tasks: Annotated[int | None, typer.Option(help="Tasks per context size and features.")] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the reference posteriors.")
+    ] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="FILE.py:PRIOR, for a prior of your own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that compute references.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure gap, calibration and speed.
+
+    The gap is to the exact posterior of the prior. All goes into the checkpoint's card.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pfn.certify import Progress as Done
+    from pfn.certify import certificate_table, certify_checkpoint
+    from pfn.recipe import load_prior
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task("certify")
+
+        def report(done: Done) -> None:
+            bar.update(row, description=done.stage, completed=done.done, total=done.total)
+
+        certificate = certify_checkpoint(
+            model,
+            prior=load_prior(prior) if prior else None,
+            tasks=tasks,
+            seed=seed,
+            references=references,
+            workers=workers,
+            command=_command(),
+            report=report,
+        )
+    if as_json:
+        typer.echo(json.dumps(certificate, indent=1))
+    else:
+        Console().print(certificate_table(certificate))
+
+
+def _plot(path: Path, fitted: Fitted, x_query: Array, latent: bool, names: list[str]) -> None:
+    """Saves the curve over one feature; for more, each row's interval, ordered by its mean."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'pfn[plot]'.") from error
+    import numpy as np
+
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    x, y = fitted.context.x[0].numpy(), fitted.context.y[0].numpy()
+    if x.shape[1] == 1:
+        everything = np.concatenate([x, x_query])
+        grid = np.linspace(everything.min(), everything.max(), 300)
+        fitted.predict(grid, latent=latent).plot(grid, context=(x, y), ax=axes)
+        axes.set(xlabel=names[0], ylabel=names[-1])
+    else:
+        posterior = fitted.predict(x_query, latent=latent)
+        posterior[posterior.mean.argsort()].plot(np.arange(len(x_query)), ax=axes)
+        axes.set(xlabel="rows, ordered by prediction", ylabel=names[-1])
+    figure.savefig(path, dpi=150)
+
+
+def _command() -> str:
+    """The command as typed; absolute paths, which concern one machine only, left out."""
+    return " ".join(["pfn", *("PATH" if os.path.isabs(word) else word for word in sys.argv[1:])])
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

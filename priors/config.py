@@ -1,0 +1,103 @@
+"""Priors as plain data: what a checkpoint's card stores, and how it is read back.
+
+Only classes named in `PRIORS` and `DISTRIBUTIONS` are ever built, from numbers, strings, lists and
+other configs; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, distributions
+from torch.distributions import Distribution
+
+from priors.gp import GaussianProcess
+
+PRIORS: dict[str, type] = {"GaussianProcess": GaussianProcess}
+
+DISTRIBUTIONS: dict[str, type[Distribution]] = {
+    name: getattr(distributions, name)
+    for name in (
+        "Beta Cauchy Chi2 Exponential Gamma Gumbel HalfCauchy HalfNormal InverseGamma Kumaraswamy "
+        "Laplace LogNormal Normal Pareto StudentT Uniform Weibull"
+    ).split()
+}
+
+
+def to_config(value: Any) -> Any:
+    """A JSON-able description of a prior, from which `from_config` builds an equal one.
+
+    A prior becomes {"prior": class name, field: value, ...}, a distribution {"distribution": class
+    name, parameter: value, ...} with "dtype" where its parameters are not float32.
+
+    Raises:
+        ValueError: a class that is not built in, or a value that is not plain data.
+    """
+    if dataclasses.is_dataclass(value) and type(value) is PRIORS.get(type(value).__name__):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"prior": type(value).__name__} | {k: to_config(v) for k, v in fields.items()}
+    if isinstance(value, Distribution):
+        return _distribution_to_config(value)
+    if isinstance(value, tuple | list):
+        return [to_config(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"Expected a prior among {sorted(PRIORS)}, a distribution among {sorted(DISTRIBUTIONS)}, "
+        f"or numbers, strings and sequences of them; got {type(value).__name__}."
+    )
+
+
+def from_config(config: Any) -> Any:
+    """The prior that `to_config` described; lists become tuples.
+
+    Raises:
+        ValueError: an unknown class, or fields that its class does not have.
+    """
+    if isinstance(config, list | tuple):
+        return tuple(from_config(item) for item in config)
+    if not isinstance(config, dict):
+        return config
+    if "distribution" in config:
+        return _distribution_from_config(config)
+    fields = dict(config)
+    name = fields.pop("prior", None)
+    cls = PRIORS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(f"Expected a prior among {sorted(PRIORS)}; got {name!r}.")
+    known = {field.name for field in dataclasses.fields(cls)}
+    if not set(fields) <= known:
+        unknown = sorted(set(fields) - known)
+        raise ValueError(f"Expected fields of {name} among {sorted(known)}; got also {unknown}.")
+    return cls(**{field: from_config(value) for field, value in fields.items()})
+
+
+def _distribution_to_config(value: Distribution) -> dict[str, Any]:
+    name = type(value).__name__
+    if type(value) is not DISTRIBUTIONS.get(name):
+        raise ValueError(f"Expected a distribution among {sorted(DISTRIBUTIONS)}; got {name}.")
+    parameters: dict[str, Tensor] = {k: getattr(value, k) for k in _names(DISTRIBUTIONS[name])}
+    dtypes = {str(v.dtype).removeprefix("torch.") for v in parameters.values()} - {"float32"}
+    config: dict[str, Any] = {"distribution": name} | ({"dtype": dtypes.pop()} if dtypes else {})
+    return config | {k: v.tolist() for k, v in parameters.items()}
+
+
+def _distribution_from_config(config: dict[str, Any]) -> Distribution:
+    parameters = dict(config)
+    name, dtype = parameters.pop("distribution"), parameters.pop("dtype", "float32")
+    cls = DISTRIBUTIONS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(f"Expected a distribution among {sorted(DISTRIBUTIONS)}; got {name!r}.")
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"Expected a dtype float32 or float64 for {name}; got {dtype!r}.")
+    if set(parameters) != set(_names(cls)):
+        raise ValueError(f"Expected parameters {_names(cls)} of {name}; got {sorted(parameters)}.")
+    tensors = {k: torch.tensor(v, dtype=getattr(torch, dtype)) for k, v in parameters.items()}
+    return cls(**tensors)
+
+
+def _names(cls: type[Distribution]) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name != "validate_args"]

@@ -1,0 +1,114 @@
+"""Hyperparameters as unconstrained coordinates that are about standard normal under their prior.
+
+Quadrature and NUTS both work in these coordinates: t = 0 is the prior median, and a normal or
+log-normal prior is exactly Normal(0, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import AffineTransform, ComposeTransform, Distribution, Normal, biject_to
+from torch.distributions.transforms import Transform
+
+from priors.draws import draw
+
+if TYPE_CHECKING:
+    from priors.gp import GaussianProcess
+
+NAMES = ("lengthscale", "outputscale", "noise", "mean")
+
+
+class Coordinate(NamedTuple):
+    """One hyperparameter, or the lengthscales of all features: value = factor * transform(t)."""
+
+    name: str
+    prior: Distribution
+    location: Tensor  # of the unconstrained hyperparameter, location + scale * t
+    scale: Tensor
+    factor: float
+    shape: tuple[int, ...]  # (), or (dim,) for one lengthscale per feature
+
+    @property
+    def transform(self) -> Transform:
+        standard = AffineTransform(self.location, self.scale)
+        return ComposeTransform([standard, biject_to(self.prior.support)])
+
+
+class Hyperpriors(NamedTuple):
+    """The hyperparameters that vary, those that are known, and the variance of a normal mean.
+
+    A mean with a normal prior is conjugate: it is integrated out in closed form as a constant
+    kernel, and "mean" in `known` is its prior mean.
+    """
+
+    coordinates: tuple[Coordinate, ...]
+    known: dict[str, Tensor]
+    mean_variance: float
+
+    @property
+    def dim(self) -> int:
+        return sum(math.prod(coordinate.shape) for coordinate in self.coordinates)
+
+    def values(self, t: Tensor) -> dict[str, Tensor]:
+        """All hyperparameters at t (node, dim): (node,), or (node, dim) with one per feature."""
+        theta = {name: v.expand(len(t), *v.shape) for name, v in self.known.items()}
+        for coordinate, part in self._parts(t):
+            theta[coordinate.name] = coordinate.factor * coordinate.transform(part)
+        return theta
+
+    def log_density(self, t: Tensor) -> Tensor:
+        """The prior's log density (node,) in the coordinates t (node, dim)."""
+        total = t.new_zeros(len(t))
+        for coordinate, part in self._parts(t):
+            value = coordinate.transform(part)
+            log_density = coordinate.prior.log_prob(value)
+            log_density = log_density + coordinate.transform.log_abs_det_jacobian(part, value)
+            total = total + log_density.reshape(len(t), -1).sum(-1)
+        return total
+
+    def _parts(self, t: Tensor) -> list[tuple[Coordinate, Tensor]]:
+        sizes = [math.prod(coordinate.shape) for coordinate in self.coordinates]
+        parts = t.split(sizes, -1) if sizes else ()
+        return [(c, p.reshape(len(t), *c.shape)) for c, p in zip(self.coordinates, parts)]
+
+
+def hyperpriors(prior: GaussianProcess, d: int, given: Mapping[str, Tensor]) -> Hyperpriors:
+    """The hyperpriors of one task with `d` features, where `given` are known to the user.
+
+    Args:
+        given: name -> tensor () or, for lengthscales of an ARD prior, (d,).
+    """
+    coordinates, known, mean_variance = [], {}, 0.0
+    for name in NAMES:
+        shape = (d,) if name == "lengthscale" and prior.ard else ()
+        factor = math.sqrt(d) if name == "lengthscale" and prior.scale_with_dimension else 1.0
+        value = getattr(prior, name)
+        if name in given:
+            known[name] = given[name].to(torch.float64).expand(shape)
+        elif not isinstance(value, Distribution):
+            known[name] = torch.full(shape, factor * float(value), dtype=torch.float64)
+        elif name == "mean" and type(value) is Normal:
+            known[name] = value.loc.to(torch.float64)
+            mean_variance = float(value.scale) ** 2
+        else:
+            location, scale = _standardise(value)
+            coordinates.append(Coordinate(name, value, location, scale, factor, shape))
+    return Hyperpriors(tuple(coordinates), known, mean_variance)
+
+
+def _standardise(prior: Distribution) -> tuple[Tensor, Tensor]:
+    """Median and half the central 68 % interval of the unconstrained hyperparameter."""
+    levels = torch.special.ndtr(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
+    try:
+        quantiles = prior.icdf(levels.reshape(3, *[1] * len(prior.batch_shape)))
+    except NotImplementedError:
+        generator = torch.Generator().manual_seed(0)
+        draws = draw(prior, (4096, *prior.batch_shape), generator=generator)
+        quantiles = draws.quantile(levels, 0)
+    low, median, high = biject_to(prior.support).inv(quantiles.to(torch.float64))
+    return median, (high - low) / 2

@@ -1,0 +1,465 @@
+"""Reference posteriors of Gaussian processes: hyperpriors and kernel integrated out.
+
+Inference turns one task into weighted nodes of the hyperparameters, by quadrature or NUTS, and every
+answer is a sum over nodes. `GaussianProcess.posterior` is the front door; read `quadrature.py` and
+`nuts.py` for the two ways, `nuts_posterior` for the diagnostics of the second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
+
+from priors.gp import JITTER, GaussianProcess, cholesky
+from priors.hyperpriors import NAMES, Hyperpriors, hyperpriors
+from priors.quadrature import Spectral, integrate
+
+if TYPE_CHECKING:
+    from priors.nuts import Draws, Settings
+
+QUADRATURE_LIMIT = 3  # hyperparameters; a lattice in four takes seconds
+MASS_LEFT_OUT = 1e-8  # of the posterior, in nodes too light to predict with
+JOINT_ENTRIES = 2**26  # in the covariance matrices of a joint posterior: its nodes are limited
+# A new observation tells as much as one datum: its density varies on the scale of 1 in the logarithm
+# of a variance and of 1/2 in that of a lengthscale, however flat the posterior is.
+SPACING = {"lengthscale": 0.35, "outputscale": 0.7, "noise": 0.7, "mean": math.inf}
+CHUNK = 2**22  # matrix entries at once
+
+
+class Marginal(NamedTuple):
+    """The posterior of one latent, as weighted values."""
+
+    values: Tensor  # (node,), or (node, dim) with one per feature
+    weights: Tensor  # (node,), sums to 1
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.tensordot(self.weights, self.values, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.tensordot(self.weights, (self.values - self.mean).square(), 1)
+
+    def quantile(self, level: float) -> Tensor:
+        """The value below which the latent lies with probability `level`; () or (dim,)."""
+        columns = self.values.reshape(len(self.values), -1).T.numpy()
+        found = [np.interp(level, *reversed(self._cdf(column))) for column in columns]
+        return torch.tensor(found, dtype=self.values.dtype).reshape(self.values.shape[1:])
+
+    def cdf(self, value: float | Tensor) -> Tensor:
+        """The probability that the latent lies below `value`; () or (dim,)."""
+        columns = self.values.reshape(len(self.values), -1).T.numpy()
+        at = torch.as_tensor(value).expand(self.values.shape[1:]).reshape(-1).numpy()
+        found = [np.interp(v, *self._cdf(column)) for v, column in zip(at, columns, strict=True)]
+        return torch.tensor(found, dtype=self.values.dtype).reshape(self.values.shape[1:])
+
+    def _cdf(self, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct values, and the probability below each plus half of its own."""
+        distinct, place = np.unique(column, return_inverse=True)
+        weight = np.bincount(place, self.weights.numpy())
+        return distinct, weight.cumsum() - weight / 2
+
+
+class Diagnostics(NamedTuple):
+    """How far to trust a posterior by NUTS; each entry is (task, kernel)."""
+
+    log_evidence: Tensor
+    log_evidence_error: Tensor  # standard error in nats
+    r_hat: Tensor  # largest split R-hat of the hyperparameters
+    ess: Tensor  # smallest effective sample size of the hyperparameters
+    divergences: Tensor  # number of divergent draws
+    leapfrogs: Tensor  # mean number of gradients per draw
+
+
+class NutsPosterior(MixtureSameFamily):
+    """A mixture over the draws of NUTS that knows the Monte Carlo error of its log density."""
+
+    blocks = 10  # per chain; their means are about independent
+
+    def __init__(
+        self, mixture: Categorical, component: Normal, chains: int, log_evidence_error: Tensor
+    ) -> None:
+        super().__init__(mixture, component)
+        self._chains, self._log_evidence_error = chains, log_evidence_error
+
+    def log_prob_error(self, value: Tensor) -> Tensor:
+        """The standard error of `log_prob(value)` in nats, from batch means and the evidences.
+
+        With r the component densities relative to the mixture's, and w the weights of the kernels,
+        its square is sum_k w_k^2 (Var[mean r of k] + (mean r of k - 1)^2 Var[log evidence of k]).
+        """
+        log_ratio = self.component_distribution.log_prob(value.unsqueeze(-1))
+        ratio = (log_ratio - self.log_prob(value).unsqueeze(-1)).exp()
+        kernels = self._log_evidence_error.shape[-1]
+        groups = kernels, self._chains * self.blocks, -1
+        means = ratio.unflatten(-1, groups).mean(-1)  # (..., query, kernel, block)
+        weight = self.mixture_distribution.probs.unflatten(-1, (kernels, -1)).sum(-1)
+        error = self._log_evidence_error.unsqueeze(-2)  # (..., 1, kernel)
+        variance = means.var(-1) / means.shape[-1] + ((means.mean(-1) - 1) * error).square()
+        return (weight.square() * variance).sum(-1).sqrt()
+
+
+class _Task(NamedTuple):
+    """One data set with its known latents."""
+
+    x: Tensor  # (point, dim)
+    y: Tensor  # (point,)
+    x_query: Tensor  # (query, dim)
+    given: dict[str, Tensor]
+
+
+class _Dense(NamedTuple):
+    """What `Spectral` offers, by one Cholesky factorisation per node: for free lengthscales."""
+
+    prior: GaussianProcess  # with one kernel
+    x: Tensor
+    y: Tensor
+    mean_variance: float
+
+    def log_likelihood(self, theta: dict[str, Tensor]) -> Tensor:
+        parts = [
+            self.prior.log_likelihood(x, y, some, mean_variance=self.mean_variance)
+            for some, x, y in self._chunks(theta, self.x, self.y)
+        ]
+        return torch.cat(parts)
+
+    def predict(
+        self, theta: dict[str, Tensor], x_query: Tensor, *, joint: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        parts = [
+            self.prior.conditional(
+                x, y, queries, some, joint=joint, mean_variance=self.mean_variance
+            )
+            for some, x, y, queries in self._chunks(theta, self.x, self.y, x_query)
+        ]
+        means, spreads = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(spreads)
+
+    def mean(self, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        parts = []
+        for some, x, y in self._chunks(theta, self.x, self.y):
+            factor, z = self.prior.whiten(x, y, some, self.mean_variance)
+            ones = torch.full_like(y, self.mean_variance).unsqueeze(-1)
+            gain = torch.linalg.solve_triangular(factor, ones, upper=False).squeeze(-1)
+            variance = self.mean_variance - gain.square().sum(-1)
+            parts.append((some["mean"] + (gain * z).sum(-1), variance))
+        means, variances = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(variances)
+
+    def _chunks(self, theta: dict[str, Tensor], *data: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Some nodes at a time, so that their matrices fit in memory, with the data expanded."""
+        rows = max(len(part) for part in data)
+        size = max(1, CHUNK // max(1, rows * rows))
+        for start in range(0, len(theta["noise"]), size):
+            some = {name: value[start : start + size] for name, value in theta.items()}
+            yield some, *(part.expand(len(some["noise"]), *part.shape) for part in data)
+
+
+class _Nodes(NamedTuple):
+    """Weighted hyperparameters of one task under one kernel."""
+
+    hyper: Hyperpriors
+    model: Spectral | _Dense
+    theta: dict[str, Tensor]
+    log_weights: Tensor  # (node,); their exponentials sum to p(y, kernel | x)
+    draws: Draws | None = None
+    log_evidence_error: float = 0.0
+
+
+def posterior(
+    prior: GaussianProcess,
+    context: tuple[Any, Any],
+    x_query: Any,
+    latent: bool = False,
+    *,
+    joint: bool = False,
+    given: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    seed: int = 0,
+) -> Distribution:
+    """What `GaussianProcess.posterior` returns; see there."""
+    tasks, batched = _tasks(prior, context, x_query, given)
+    nodes = [_infer(prior, task, method, (seed, i)) for i, task in enumerate(tasks)]
+    return _distribution(tasks, nodes, latent, joint, batched)
+
+
+def nuts_posterior(
+    prior: GaussianProcess,
+    context: tuple[Any, Any],
+    x_query: Any,
+    latent: bool = False,
+    *,
+    given: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> tuple[Distribution, Diagnostics]:
+    """The posterior predictive by NUTS, with its diagnostics; see `GaussianProcess.posterior`."""
+    tasks, batched = _tasks(prior, context, x_query, given)
+    nodes = [_infer(prior, task, "nuts", (seed, i), settings) for i, task in enumerate(tasks)]
+
+    def table(entry: Callable[[_Nodes, Draws], Any]) -> Tensor:
+        rows = [[entry(part, part.draws) for part in row if part.draws] for row in nodes]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    diagnostics = Diagnostics(
+        log_evidence=table(lambda part, draws: part.log_weights.logsumexp(0)),
+        log_evidence_error=table(lambda part, draws: part.log_evidence_error),
+        r_hat=table(lambda part, draws: draws.r_hat),
+        ess=table(lambda part, draws: draws.ess),
+        divergences=table(lambda part, draws: draws.divergent.sum()),
+        leapfrogs=table(lambda part, draws: draws.leapfrogs.double().mean()),
+    )
+    return _distribution(tasks, nodes, latent, False, batched), diagnostics
+
+
+def log_evidence(
+    prior: GaussianProcess,
+    context: tuple[Any, Any],
+    *,
+    given: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """What `GaussianProcess.log_evidence` returns; see there."""
+    tasks, batched = _tasks(prior, context, None, given)
+    totals = []
+    for i, task in enumerate(tasks):
+        nodes = _infer(prior, task, method, (seed, i))
+        totals.append(torch.cat([part.log_weights for part in nodes]).logsumexp(0))
+    return torch.stack(totals) if batched else totals[0]
+
+
+def latent_posterior(
+    prior: GaussianProcess,
+    context: tuple[Any, Any],
+    *,
+    given: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    seed: int = 0,
+) -> dict[str, Marginal]:
+    """What `GaussianProcess.latent_posterior` returns; see there."""
+    tasks, batched = _tasks(prior, context, None, given)
+    if batched:
+        raise ValueError("Expected one task, x of shape (n, d) or (n,); got a batch of tasks.")
+    nodes = _infer(prior, tasks[0], method, (seed, 0), step=0.4)  # fine enough to interpolate
+    weights = torch.cat([part.log_weights for part in nodes]).softmax(0)
+    hyper = nodes[0].hyper
+    marginals = {
+        c.name: Marginal(torch.cat([part.theta[c.name] for part in nodes]), weights)
+        for c in hyper.coordinates
+    }
+    if hyper.mean_variance:  # normal at every node: as many equally likely values, of its variance
+        moments = [part.model.mean(part.theta) for part in nodes]
+        mean, variance = (torch.cat(column).unsqueeze(-1) for column in zip(*moments, strict=True))
+        normal = torch.special.ndtri((torch.arange(64, dtype=torch.float64) + 0.5) / 64)
+        values = mean + variance.sqrt() * normal / normal.square().mean().sqrt()
+        repeated = (weights / len(normal)).repeat_interleave(len(normal))
+        marginals["mean"] = Marginal(values.flatten(), repeated)
+    if len(nodes) > 1:
+        sizes = torch.tensor([len(part.log_weights) for part in nodes])
+        index = torch.arange(len(nodes), dtype=torch.float64).repeat_interleave(sizes)
+        marginals["kernel"] = Marginal(index, weights)
+    return marginals
+
+
+@torch.no_grad()
+def _infer(
+    prior: GaussianProcess,
+    task: _Task,
+    method: str | None,
+    seeds: tuple[int, int],
+    settings: Settings | None = None,
+    **lattice: float,
+) -> list[_Nodes]:
+    """Weighted nodes of one task, for each kernel that it may have."""
+    if method not in (None, "quadrature", "nuts"):
+        raise ValueError(f'Expected method "quadrature", "nuts" or None; got {method!r}.')
+    kernels = prior.kernels
+    if "kernel" in task.given:
+        kernels = (kernels[int(task.given["kernel"])],)
+    hyper = hyperpriors(prior, task.x.shape[-1], task.given)
+    if method is None:
+        method = "quadrature" if hyper.dim <= QUADRATURE_LIMIT else "nuts"
+    nodes = []
+    for index, kernel in enumerate(kernels):
+        if method == "quadrature" or hyper.dim == 0:
+            part = _by_quadrature(kernel, task, hyper, **lattice)
+        else:
+            model = _Dense(replace(prior, kernel=kernel), task.x, task.y, hyper.mean_variance)
+            part = _by_nuts(model, hyper, (*seeds, index), settings)
+        nodes.append(part._replace(log_weights=part.log_weights - math.log(len(kernels))))
+    return nodes
+
+
+def _by_quadrature(kernel: str, task: _Task, hyper: Hyperpriors, **lattice: float) -> _Nodes:
+    model = Spectral(kernel, task.x, task.y, hyper.mean_variance)
+
+    def log_density(t: Tensor) -> Tensor:
+        return hyper.log_density(t) + model.log_likelihood(hyper.values(t))
+
+    limits = [SPACING[c.name] / c.scale.expand(c.shape).reshape(-1) for c in hyper.coordinates]
+    limits = torch.cat(limits) if limits else None
+    nodes = integrate(log_density, hyper.dim, limits=limits, **lattice)
+    return _Nodes(hyper, model, hyper.values(nodes.points), nodes.log_weights)
+
+
+def _by_nuts(
+    model: _Dense, hyper: Hyperpriors, seeds: tuple[int, ...], settings: Settings | None
+) -> _Nodes:
+    from priors import nuts  # on demand: it imports JAX
+
+    def log_density(t: Tensor) -> Tensor:
+        return hyper.log_density(t) + model.log_likelihood(hyper.values(t))
+
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    settings = nuts.Settings() if settings is None else settings
+    kernel = model.prior.kernels[0]
+    draws = nuts.sample_nuts(kernel, model.x, model.y, hyper, seed=seed, settings=settings)
+    log_evidence, error = nuts.bridge_log_evidence(log_density, draws.t, seed=seed)
+    t = draws.t.flatten(0, 1)
+    log_weights = t.new_full((len(t),), log_evidence - math.log(len(t)))
+    return _Nodes(hyper, model, hyper.values(t), log_weights, draws, error)
+
+
+def _distribution(
+    tasks: list[_Task], nodes: list[list[_Nodes]], latent: bool, joint: bool, batched: bool
+) -> Distribution:
+    """The mixture over all nodes of each task; tasks of fewer nodes get components of weight 0."""
+    predictions = [_predict(*both, latent, joint) for both in zip(tasks, nodes, strict=True)]
+    size = max(len(log_weights) for log_weights, _, _ in predictions)
+    fill = -math.inf, 0.0, torch.eye(len(tasks[0].x_query)).double() if joint else 1.0
+    log_weights, mean, spread = (
+        torch.stack([_pad(part, size, f) for part in column])
+        for column, f in zip(zip(*predictions, strict=True), fill, strict=True)
+    )
+    errors = torch.tensor([[part.log_evidence_error for part in row] for row in nodes])
+    if not batched:
+        log_weights, mean, spread, errors = log_weights[0], mean[0], spread[0], errors[0]
+    if joint and size == 1:
+        return MultivariateNormal(mean.squeeze(-2), scale_tril=spread.squeeze(-3))
+    if joint:
+        component = MultivariateNormal(mean, scale_tril=spread)
+        return MixtureSameFamily(Categorical(logits=log_weights), component)
+    if size == 1:
+        return Normal(mean.squeeze(-2), spread.squeeze(-2))
+    mean, spread = mean.mT, spread.mT  # (..., query, node)
+    mixture = Categorical(logits=log_weights.unsqueeze(-2).expand(mean.shape))
+    if nodes[0][0].draws is None:
+        return MixtureSameFamily(mixture, Normal(mean, spread))
+    return NutsPosterior(mixture, Normal(mean, spread), len(nodes[0][0].draws.t), errors.double())
+
+
+def _predict(
+    task: _Task, nodes: list[_Nodes], latent: bool, joint: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log weights (node,), means (node, m) and deviations (node, m), or factors (node, m, m)."""
+    total = torch.cat([part.log_weights for part in nodes]).logsumexp(0)
+    parts = []
+    for part in nodes:
+        log_weights = part.log_weights - total
+        keep = torch.arange(len(log_weights))
+        limit = max(1, int(JOINT_ENTRIES / len(nodes) / max(1, len(task.x_query)) ** 2))
+        if part.draws is None:
+            order = log_weights.argsort()
+            keep = order[log_weights[order].exp().cumsum(0) > MASS_LEFT_OUT]
+            keep = keep[-limit:] if joint else keep
+        elif joint:
+            keep = keep[:: math.ceil(len(keep) / limit)]
+        theta = {name: value[keep] for name, value in part.theta.items()}
+        mean, spread = part.model.predict(theta, task.x_query, joint=joint)
+        noise = torch.zeros_like(theta["noise"]) if latent else theta["noise"]
+        if joint:
+            spread = cholesky(spread, noise + JITTER * theta["outputscale"])
+        else:
+            spread = (spread + noise.unsqueeze(-1)).sqrt()
+        parts.append((log_weights[keep], mean, spread))
+    log_weights, mean, spread = (torch.cat(column) for column in zip(*parts, strict=True))
+    return log_weights, mean, spread
+
+
+def _pad(part: Tensor, size: int, fill: float | Tensor) -> Tensor:
+    """The nodes of a task, and `fill` for those up to `size`."""
+    padded = part.new_empty(size, *part.shape[1:])
+    padded[:] = torch.as_tensor(fill, dtype=part.dtype)
+    padded[: len(part)] = part
+    return padded
+
+
+def _tasks(
+    prior: GaussianProcess,
+    context: tuple[Any, Any],
+    x_query: Any | None,
+    given: Mapping[str, Any] | None,
+) -> tuple[list[_Task], bool]:
+    """Checked tasks in float64 on the CPU, and whether they came as a batch."""
+    x, y = (_tensor(name, value).detach() for name, value in zip(("x", "y"), context, strict=True))
+    query = None if x_query is None else _tensor("x_query", x_query)
+    if query is None:
+        query = x[..., :0] if x.dim() == 1 else x[..., :0, :]
+    query = query.unsqueeze(-1) if query.dim() == 1 else query
+    if x.dim() == 1:
+        x = x.reshape(len(x), query.shape[-1] if len(x) == 0 else 1)
+    if y.dim() == x.dim() and y.shape[-1] == 1:
+        y = y.squeeze(-1)
+    if x.dim() not in (2, 3) or y.shape != x.shape[:-1]:
+        raise ValueError(
+            "Expected a context of x (n, d) and y (n,), or x (b, n, d) and y (b, n); "
+            f"got x {tuple(x.shape)} and y {tuple(y.shape)}."
+        )
+    if query.dim() != x.dim() or (query.shape[:-2], query.shape[-1]) != (x.shape[:-2], x.shape[-1]):
+        raise ValueError(
+            f"Expected x_query like x {tuple(x.shape)} in all but the number of points; "
+            f"got {tuple(query.shape)}."
+        )
+    batched = x.dim() == 3
+    if not batched:
+        x, y, query = x.unsqueeze(0), y.unsqueeze(0), query.unsqueeze(0)
+    latents = _given(prior, given or {}, len(x), x.shape[-1])
+    rows = ({name: value[i] for name, value in latents.items()} for i in range(len(x)))
+    return [_Task(*row) for row in zip(x, y, query, rows, strict=True)], batched
+
+
+def _given(
+    prior: GaussianProcess, given: Mapping[str, Any], batch: int, d: int
+) -> dict[str, Tensor]:
+    """Known latents by task: (b,), or (b, d) for one lengthscale per feature."""
+    names = (*NAMES, "kernel") if len(prior.kernels) > 1 else NAMES
+    latents = {}
+    for name, value in given.items():
+        if name not in names:
+            raise ValueError(f"Expected given latents among {names}; got {name!r}.")
+        value = _tensor(name, value)
+        shape = (batch, d) if name == "lengthscale" and prior.ard else (batch,)
+        try:
+            latents[name] = value.expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"Expected given {name} of a shape that broadcasts to {shape}; "
+                f"got {tuple(value.shape)}."
+            ) from None
+        if name == "kernel" and not all(k in range(len(prior.kernels)) for k in value.tolist()):
+            raise ValueError(f"Expected a kernel index below {len(prior.kernels)}; got {value}.")
+        if name in ("lengthscale", "outputscale", "noise") and not (value > 0).all():
+            raise ValueError(f"Expected a positive {name}; got {value.tolist()}.")
+    return latents
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    tensor = tensor.to("cpu", torch.float64)
+    if not tensor.isfinite().all():
+        raise ValueError(f"Expected finite {name}; got NaN or infinity.")
+    return tensor

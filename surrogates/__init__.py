@@ -1,0 +1,1 @@
+"""BoTorch models, Bayesian-optimisation loops and learning curves on top of `pfn`. Empty so far."""

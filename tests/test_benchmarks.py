@@ -1,0 +1,95 @@
+"""Each benchmark's arithmetic on something small whose answer is known."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module
+
+
+def test_splits_are_in_units_of_the_training_targets_and_disjoint(benchmark_module) -> None:
+    uci: ModuleType = benchmark_module("uci")
+    table = torch.arange(240.0).double().reshape(80, 3)  # each row is told by its first entry
+
+    task = uci.draw_task(table, n=50, split=3)
+
+    assert task.x.shape == (50, 2) and task.x_test.shape == (30, 2)
+    rows = torch.cat([task.x, task.x_test])[:, 0]
+    assert torch.equal(rows.sort().values, table[:, 0])
+    assert float(task.y.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(task.y.std()) == pytest.approx(1, rel=1e-12)
+
+
+def test_scores_of_the_true_distribution_are_its_entropy_deviation_and_coverage(
+    benchmark_module,
+) -> None:
+    uci: ModuleType = benchmark_module("uci")
+    m = 40_000
+    y = 2 * torch.randn(m, generator=torch.Generator().manual_seed(0)).double()
+    task = uci.Task(torch.zeros(1, 1), torch.zeros(1), torch.zeros(m, 1), y)
+
+    scores = uci.score(lambda task: Normal(torch.zeros(m), torch.full((m,), 2.0)), task)
+
+    entropy = 0.5 * math.log(2 * math.pi * math.e * 4)
+    assert scores["nll"] == pytest.approx(entropy, abs=4 * math.sqrt(0.5 / m))
+    assert scores["rmse"] == pytest.approx(2, abs=4 * math.sqrt(2 / m))
+    assert scores["coverage_90"] == pytest.approx(0.9, abs=4 * math.sqrt(0.09 / m))
+
+
+def test_differences_pair_the_splits_that_both_contenders_ran(benchmark_module) -> None:
+    uci: ModuleType = benchmark_module("uci")
+
+    def runs(**nll: float) -> dict[str, dict[str, float]]:
+        return {f"{name[:-1]}/50/{name[-1]}": {"nll": value} for name, value in nll.items()}
+
+    results = {
+        "PFN": runs(yacht0=1.0, yacht1=2.0, yacht2=9.0, energy0=0.0, energy1=0.0),
+        "NUTS": runs(yacht0=0.5, yacht1=1.9, energy0=0.1, energy1=0.1),
+    }
+    energy, yacht, mean = uci.compare(results)
+
+    assert yacht["splits"] == 2
+    assert yacht["nll_difference"] == pytest.approx(0.3)  # of 0.5 and 0.1
+    assert yacht["standard_error"] == pytest.approx(0.2)
+    assert energy["nll_difference"] == pytest.approx(-0.1)
+    assert mean["nll_difference"] == pytest.approx(0.1)
+    assert mean["standard_error"] == pytest.approx(0.1)  # 0.2 and 0, over two sets
+
+
+@pytest.mark.parametrize("name", ["10 normals", "10 student-t", "20 bars"])
+def test_every_head_of_the_study_is_a_density(benchmark_module, name: str) -> None:
+    studies: ModuleType = benchmark_module("studies")
+    generator = torch.Generator().manual_seed(0)
+    head = studies.make_head(name, lambda: torch.randn(10_000, generator=generator))
+    raw = head.bias + 0.5 * torch.randn(len(head.bias), generator=generator)
+    z = torch.linspace(-200, 200, 800_001)  # a Student-t above 2 degrees has 4e-5 beyond
+
+    density = head.log_prob(raw[None, None], z[:, None, None]).flatten().double().exp()
+
+    # each of the jumps between bars costs the trapezoidal rule up to half a step, 2.5e-4
+    assert float(torch.trapezoid(density, z.double())) == pytest.approx(1, abs=2e-3)
+
+
+def test_a_study_trains_judges_and_remembers(benchmark_module, tmp_path: Path) -> None:
+    studies: ModuleType = benchmark_module("studies")
+    variant = studies.Variant(prior="heavy-tails", log_n_temperature=False, queries=16)
+    memory = tmp_path / "runs.json"
+
+    first = studies.run(variant, 0.2, memory, batch=4)
+    again = studies.run(variant, 0.2, memory, batch=4)
+    other = studies.run(replace(variant, seed=1), 0.2, memory, batch=4)
+
+    assert first["steps"] >= 1 and math.isfinite(first["loss"]) and first["excess"] is None
+    assert again["loss"] == first["loss"] != other["loss"]
