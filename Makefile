@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 install = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -13,11 +14,11 @@ install = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 demo: $(VENV)/demo.stamp  ## predictions on real data, beside a fitted GP
 	$(BIN)/pfn demo
 
-test: $(VENV)/test.stamp  ## everything that decides, in minutes
-	$(BIN)/python -m pytest -n 2 -m "not slow" -q
+test: $(VENV)/test.stamp  ## everything that decides, in minutes; notebooks run small
+	SMOKE_TEST=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" --nbmake tests $(NOTEBOOKS)
 
-test-all: $(VENV)/test.stamp  ## and the slow tests
-	$(BIN)/python -m pytest -n 2 -q
+test-all: $(VENV)/test.stamp  ## and the slow tests, and notebooks in full
+	$(BIN)/python -m pytest -n 2 -q --nbmake tests $(NOTEBOOKS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .

@@ -40,19 +40,28 @@ class Timing(NamedTuple):
 
 
 def measure(
-    contenders: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1
+    contenders: Mapping[str, Callable[[], object]], repeats: int, *, at_least: float = 0.05
 ) -> dict[str, Timing]:
-    """Medians over `repeats` rounds, each of which calls every contender once, in turn."""
-    for call in contenders.values():
-        for _ in range(warmup):
-            call()
+    """Medians over `repeats` rounds, in each of which every contender has its turn.
+
+    Args:
+        at_least: seconds of a turn; a contender that is quicker is called several times.
+    """
+    times = {}
+    for name, call in contenders.items():
+        call()  # what happens once, such as loading, is not measured
+        began = time.perf_counter()
+        call()
+        times[name] = 1 + int(at_least / (time.perf_counter() - began))
     readings: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, call in contenders.items():
             gc.collect()  # garbage of one contender is not collected in another's time
             wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            readings[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            for _ in range(times[name]):
+                call()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            readings[name].append((wall / times[name], cpu / times[name]))
     return {
         name: Timing(median(wall for wall, _ in pairs), median(cpu for _, cpu in pairs))
         for name, pairs in readings.items()

@@ -6,7 +6,8 @@ FOLDER holds one `NAME.csv.gz` per set, features first and the target last. Ever
 training rows and up to 500 test rows at random. Targets are divided by the standard deviation of
 the *training* targets before anyone sees them, so that nats and errors of different sets compare.
 Results of each contender are kept in results/uci-runs.json until what they depend on changes: the
-weights for the PFN, the prior for NUTS, the version of BoTorch for MLE-II.
+weights for the PFN, the prior and the sampler's settings for NUTS, the version of BoTorch for
+MLE-II. The process keeps to one core: on several, JAX's threads wait for each other in CPU time.
 """
 
 from __future__ import annotations
@@ -32,12 +33,18 @@ from torch.distributions import Distribution, Normal
 
 import pfn
 from pfn import PFN
+from priors import GaussianProcess
+from priors.reference import NutsPosterior, nuts_posterior
 
 SETS = ("concrete", "energy", "kin8nm", "power-plant", "wine-quality-red", "yacht")
 SPLITS = {  # contender -> training points -> splits
     "PFN": {50: 20, 200: 20},
     "MLE-II": {50: 20, 200: 20},
     "NUTS": {50: 5, 200: 2},
+}
+NUTS = {  # training points -> chains, warm-up and draws of each chain, for each kernel
+    50: (4, 300, 300),
+    200: (2, 250, 250),
 }
 TEST_ROWS = 500
 FIGURES = ("nll", "rmse", "coverage_90", "cpu_seconds")
@@ -64,12 +71,19 @@ def draw_task(table: Tensor, n: int, split: int) -> Task:
     return Task(rows[:n, :-1], y[:n], rows[n:stop, :-1], y[n:stop])
 
 
-def by_pfn(task: Task, model: PFN) -> Distribution:
-    """The network's predictive at the test inputs, in one forward pass."""
-    return model.predict((task.x, task.y), task.x_test)
+class Answer(NamedTuple):
+    """A predictive at the test inputs, and what its maker says of its quality."""
+
+    predictive: Distribution
+    quality: Scores = {}  # noqa: RUF012
 
 
-def by_mle(task: Task) -> Distribution:
+def by_pfn(task: Task, model: PFN) -> Answer:
+    """The network's predictive, in one forward pass."""
+    return Answer(model.predict((task.x, task.y), task.x_test))
+
+
+def by_mle(task: Task) -> Answer:
     """BoTorch's SingleTaskGP as it ships: hyperparameters maximise the marginal likelihood.
 
     To be exact it is a maximum a posteriori: BoTorch puts dimension-scaled log-normal priors on
@@ -91,23 +105,35 @@ def by_mle(task: Task) -> Distribution:
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
     with torch.no_grad():
         posterior = model.posterior(task.x_test, observation_noise=True)
-        return Normal(posterior.mean.squeeze(-1), posterior.variance.squeeze(-1).sqrt())
+        std = posterior.variance.squeeze(-1).sqrt()
+        return Answer(Normal(posterior.mean.squeeze(-1), std))
 
 
-def by_nuts(task: Task, model: PFN) -> Distribution:
+def by_nuts(task: Task, model: PFN) -> Answer:
     """The reference posterior under the network's own prior, on the numbers that the network sees.
 
     Targets already have mean 0 and standard deviation 1, so only the inputs need the network's map.
     """
+    from priors.nuts import Settings  # it imports JAX
+
+    assert isinstance(model.prior, GaussianProcess)
     units = model.condition((task.x, task.y)).units
     x, x_test = (units.map_x(part.unsqueeze(0)).squeeze(0) for part in (task.x, task.x_test))
-    return model.prior.posterior((x, task.y), x_test)  # type: ignore[union-attr]
+    settings = Settings(*NUTS[len(task.y)])
+    predictive, diagnostics = nuts_posterior(model.prior, (x, task.y), x_test, settings=settings)
+    matters = diagnostics.log_evidence.softmax(-1) > 0.01  # kernels with a say
+    assert isinstance(predictive, NutsPosterior)
+    quality = {
+        "r_hat": float(diagnostics.r_hat[matters].max()),
+        "own_error": float(predictive.log_prob_error(task.y_test).mean()),
+    }
+    return Answer(predictive, quality)
 
 
-def score(predict: Callable[[Task], Distribution], task: Task) -> Scores:
+def score(predict: Callable[[Task], Answer], task: Task) -> Scores:
     """Mean negative log density (nats), root mean square error, coverage of the 90 % interval."""
     began = time.process_time()
-    predictive = predict(task)
+    predictive, quality = predict(task)
     seconds = time.process_time() - began
     level = predictive.cdf(task.y_test)
     return {
@@ -115,6 +141,7 @@ def score(predict: Callable[[Task], Distribution], task: Task) -> Scores:
         "rmse": float((predictive.mean - task.y_test).square().mean().sqrt()),
         "coverage_90": float(((level > 0.05) & (level < 0.95)).double().mean()),
         "cpu_seconds": seconds,
+        **quality,
     }
 
 
@@ -125,7 +152,7 @@ def run(name: str, data: Path, model: str, path: Path) -> Runs:
     if memory.get(name, {}).get("depends_on") != depends_on:
         memory[name] = {"depends_on": depends_on, "runs": {}}
     runs, splits = memory[name]["runs"], SPLITS[name]
-    for table, n in product(SETS, splits):
+    for n, table in product(splits, SETS):
         rows = torch.from_numpy(np.loadtxt(data / f"{table}.csv.gz", delimiter=",", skiprows=1))
         for split in range(splits[n]):
             key = f"{table}/{n}/{split}"
@@ -139,14 +166,15 @@ def run(name: str, data: Path, model: str, path: Path) -> Runs:
     }
 
 
-def contender(name: str, model: str) -> tuple[Callable[[Task], Distribution], Any]:
+def contender(name: str, model: str) -> tuple[Callable[[Task], Answer], Any]:
     """How a contender predicts, and all that its results depend on besides the data."""
     if name == "MLE-II":
         return by_mle, f"botorch {metadata.version('botorch')}"
     network = pfn.load(model)
-    if name == "NUTS":
-        return lambda task: by_nuts(task, network), network.card.prior
-    return lambda task: by_pfn(task, network), network.card.weights_sha256
+    if name == "PFN":
+        return lambda task: by_pfn(task, network), network.card.weights_sha256
+    settings = {str(n): list(sizes) for n, sizes in NUTS.items()}
+    return lambda task: by_nuts(task, network), {"prior": network.card.prior, "nuts": settings}
 
 
 def summarise(results: dict[str, Runs]) -> list[dict[str, Any]]:
@@ -157,6 +185,9 @@ def summarise(results: dict[str, Runs]) -> list[dict[str, Any]]:
         chosen = [scores for key, scores in runs.items() if matches(key, table, n)]
         if chosen:
             figures = {figure: mean(scores[figure] for scores in chosen) for figure in FIGURES}
+            if "r_hat" in chosen[0]:
+                figures["worst r_hat"] = max(scores["r_hat"] for scores in chosen)
+                figures["own_error"] = mean(scores["own_error"] for scores in chosen)
             splits = len(chosen) // (len(SETS) if table == "mean" else 1)
             rows.append({"set": table, "n": n, "contender": name, "splits": splits, **figures})
     return rows
@@ -204,6 +235,8 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"among {', '.join(SPLITS)}")] = None,
 ) -> None:
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     common.RESULTS.mkdir(exist_ok=True)
     memory = common.RESULTS / "uci-runs.json"
     results = {name: run(name, data, model, memory) for name in only or SPLITS}

@@ -178,8 +178,10 @@ def pretrain(
     }
     loaded = load_recipe(recipe, **settings)
     folder = out or Path("runs") / loaded.name
-    if run(loaded, folder, device=device):
-        typer.echo(f"Wrote {folder}; next: pfn certify {folder}")
+    card = run(loaded, folder, device=device)
+    if card:
+        source = "" if card.prior else f" --prior {recipe}"
+        typer.echo(f"Wrote {folder}; next: pfn certify {folder}{source}")
 
 
 @app.command()

@@ -177,7 +177,7 @@ def training_flops(network: TransformerConfig, sizes: Sizes, queries: int) -> fl
         + stored * 2 * w * w  # k and v
         + attended * (2 * w + place)  # scores, with distances, and weighted values
     )
-    inputs = network.max_features * (2 + 2 * network.fourier_octaves)
+    inputs = sizes.features * (1 + 2 * network.fourier_octaves)
     ends = (stored + queries) * inputs * w + queries * 6 * network.components * w
     return 3 * 2 * sizes.batch * (layers * per_layer + ends)
 

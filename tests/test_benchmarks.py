@@ -40,7 +40,8 @@ def test_scores_of_the_true_distribution_are_its_entropy_deviation_and_coverage(
     y = 2 * torch.randn(m, generator=torch.Generator().manual_seed(0)).double()
     task = uci.Task(torch.zeros(1, 1), torch.zeros(1), torch.zeros(m, 1), y)
 
-    scores = uci.score(lambda task: Normal(torch.zeros(m), torch.full((m,), 2.0)), task)
+    truth = Normal(torch.zeros(m), torch.full((m,), 2.0))
+    scores = uci.score(lambda task: uci.Answer(truth), task)
 
     entropy = 0.5 * math.log(2 * math.pi * math.e * 4)
     assert scores["nll"] == pytest.approx(entropy, abs=4 * math.sqrt(0.5 / m))

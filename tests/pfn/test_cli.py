@@ -71,17 +71,14 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
     assert float(seconds) < 0.5
 
 
-def test_import_is_light_beside_torch() -> None:
+def test_importing_pfn_adds_little_to_importing_torch() -> None:
     printed = run_python(
-        "import sys, time, torch, safetensors.torch\n"
+        "import time, torch, safetensors.torch\n"
         "began = time.process_time()\n"
         "import pfn; pfn.predict, pfn.load, pfn.PFN\n"
-        "heavy = {'jax', 'botorch', 'gpytorch', 'numpyro', 'pyro', 'sklearn', 'matplotlib'}\n"
-        "print(time.process_time() - began, sorted(heavy & set(sys.modules)))"
+        "print(time.process_time() - began)"
     )
-    seconds, heavy = printed.split(maxsplit=1)
-    assert heavy.strip() == "[]"
-    assert float(seconds) < 0.3
+    assert float(printed) < 0.3
 
 
 def test_command_line_asks_for_passive_waiting_unless_told_otherwise() -> None:

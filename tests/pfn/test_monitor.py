@@ -57,7 +57,7 @@ def test_flops_are_those_that_torch_counts(sizes: Sizes) -> None:
     padding = 2 * CONFIG.layers * sizes.batch * pairs * CONFIG.heads * (sizes.features + 2)
     expected = counter.get_total_flops() - padding
     found = training_flops(network, sizes, CONFIG.queries) / 3
-    assert found == pytest.approx(expected, rel=0.002)  # the task token's own layers are left out
+    assert found == pytest.approx(expected, rel=0.005)  # the task token's own layers are left out
 
 
 def test_gap_is_the_mean_difference_of_log_densities() -> None:
