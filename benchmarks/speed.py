@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ import gpytorch
 import torch
 import typer
 from botorch import fit_gpytorch_mll
+from botorch.exceptions.warnings import InputDataWarning
 from botorch.models import SingleTaskGP
 from common import Timing, measure, save
 from gpytorch.priors import LogNormalPrior
@@ -32,13 +34,14 @@ from torch import Tensor
 from torch.distributions import LogNormal
 
 import pfn
-from pfn.model import PFN
-from pfn.pretrain import PretrainConfig, Progress, plan, pretrain
+from pfn.monitor import training_flops
+from pfn.pretrain import PretrainConfig, Progress, architecture, plan, pretrain
 from priors import GaussianProcess
+from priors.nuts import Settings
+from priors.reference import nuts_posterior
 
 Task = tuple[tuple[Tensor, Tensor], Tensor]
 Rows = list[dict[str, Any]]
-DEFAULT = ["predict", "cache", "sampling", "training", "nuts"]
 
 
 def main(
@@ -48,53 +51,84 @@ def main(
     threads: int = 1,
 ) -> None:
     """Measures the sections and saves a table of each."""
-    warnings.filterwarnings(
-        "ignore"
-    )  # of fits that stop early and contexts beyond the trained size
+    warnings.filterwarnings("ignore")  # of fits that stop early, of contexts beyond the trained
     torch.set_num_threads(threads)
     run: dict[str, Callable[[], Rows]] = {
-        "predict": lambda: predict(pfn.load(model), repeats),
-        "nuts": lambda: nuts(pfn.load(model), repeats),
-        "cache": lambda: cache(pfn.load(model), repeats),
+        "predict": lambda: predict(model, repeats),
+        "cache": lambda: cache(model, repeats),
         "sampling": lambda: sampling(repeats),
         "training": lambda: training(repeats),
+        "nuts": lambda: nuts(model, repeats),
     }
-    for section in sections or DEFAULT:
+    for section in sections or run:
         save(f"speed-{section}", run[section]())
 
 
-def predict(model: PFN, repeats: int) -> Rows:
+def predict(model: str, repeats: int) -> Rows:
     """`pfn.predict`, its mean and variance, against SingleTaskGP fitted by maximum likelihood."""
     rows = []
     for n, m, goal in ((100, 1000, 3), (100, 100, 10), (20, 1, 60)):
-        tasks = draw_tasks(model, n, m, 5, repeats + 1)
-        timings = measure({"ours": ask(name, tasks), "rival": fit_and_ask(tasks)}, repeats)
+        tasks = draw_tasks(model, n, m, 5)
+        timings = measure({"ours": ask(model, tasks), "rival": fit_and_ask(tasks)}, repeats)
         rows.append(compare(f"n = {n}, m = {m}, d = 5", "SingleTaskGP", timings, goal))
     return rows
 
 
-def nuts(model: PFN, repeats: int) -> Rows:
-    """`pfn.predict` against the reference posterior of the prior it was trained on."""
-    assert model.prior is not None
-    tasks = draw_tasks(model, 100, 1000, 5, repeats + 1)
-    reference = iterate(tasks, lambda context, query: model.prior.posterior(context, query).mean)
-    began = time.perf_counter()
-    reference()
-    first = time.perf_counter() - began
-    fast = measure({"ours": ask(model, tasks)}, repeats)
-    slow = measure({"rival": reference}, max(1, repeats // 5), warmup=0)
-    row = compare("n = 100, m = 1000, d = 5", "NUTS", fast | slow, 300)
-    return [row | {"its compilation, s": first - slow["rival"].wall}]
+def nuts(model: str, repeats: int) -> Rows:
+    """`pfn.predict` against NUTS on the prior that the checkpoint was trained on.
+
+    First as the reference posterior runs it, for every kernel of the prior with an evidence each,
+    then as little of it as one might accept: one chain, for a kernel that is known.
+    """
+    prior = pfn.load(model).prior
+    assert isinstance(prior, GaussianProcess)
+    tasks, rows = draw_tasks(model, 100, 1000, 5), []
+
+    def least(context: tuple[Tensor, Tensor], query: Tensor) -> object:
+        given = {"kernel": 0} if len(prior.kernels) > 1 else None
+        return nuts_posterior(prior, context, query, given=given, settings=Settings(chains=1))
+
+    full = Settings()
+    for what, answer in {
+        f"{len(prior.kernels)} kernels, {full.chains} chains": prior.posterior,
+        "one kernel given, 1 chain": least,
+    }.items():
+        rival, ours = iterate(tasks, answer), ask(model, tasks)
+        began = time.perf_counter()
+        rival()
+        first = time.perf_counter() - began
+        rounds = [
+            {"ours": measure({"ours": ours}, 3)["ours"], "rival": clock(rival)}
+            for _ in range(max(2, repeats // 5))
+        ]
+        timings = {
+            name: Timing(
+                *(median(part) for part in zip(*(each[name] for each in rounds), strict=True))
+            )
+            for name in ("ours", "rival")
+        }
+        label = f"NUTS, {what} of {full.warmup} + {full.draws}"
+        row = compare("n = 100, m = 1000, d = 5", label, timings, 300)
+        rows.append(row | {"its compilation, ms": 1e3 * (first - timings["rival"].wall)})
+    return rows
 
 
-def cache(model: PFN, repeats: int) -> Rows:
+def clock(call: Callable[[], object]) -> Timing:
+    """The time of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def cache(model: str, repeats: int) -> Rows:
     """One query on an encoded context of 1000 points against encoding it for each query."""
-    (context, query), *_ = draw_tasks(model, 1000, 1, 5, 1)
-    fitted = model.condition(context, extrapolate_n=True)
+    network = pfn.load(model)
+    context, query = draw_tasks(model, 1000, 1, 5)[0]
+    fitted = network.condition(context, extrapolate_n=True)
     timings = measure(
         {
             "ours": lambda: fitted.predict(query).mean,
-            "rival": lambda: model.predict(context, query, extrapolate_n=True).mean,
+            "rival": lambda: network.predict(context, query, extrapolate_n=True).mean,
         },
         repeats,
     )
@@ -102,45 +136,65 @@ def cache(model: PFN, repeats: int) -> Rows:
 
 
 def sampling(repeats: int) -> Rows:
-    """64 tasks of 128 points in 5 features: one batch against one GPyTorch model per task."""
+    """64 tasks in 5 features: one batch against one GPyTorch model per task, built both ways."""
     prior = GaussianProcess(
         lengthscale=LogNormal(-0.7, 1.0), outputscale=LogNormal(0.5, 0.8), ard=True
     )
     generator = torch.Generator().manual_seed(0)
-    timings = measure(
-        {
-            "ours": lambda: prior.sample(64, 128, 5, generator=generator),
-            "rival": lambda: [draw_with_gpytorch(128, 5) for _ in range(64)],
-        },
-        repeats,
-    )
-    row = compare("64 tasks, n = 128, d = 5", "GPyTorch, a model per draw", timings, 20)
-    return [row | {"our tasks/s": 64 / timings["ours"].cpu}]
+    rows = []
+    for n in (100, 128):
+        for name, build in {"ExactGP": ExactGP, "SingleTaskGP, as pfns does": botorch_gp}.items():
+            timings = measure(
+                {
+                    "ours": lambda n=n: prior.sample(64, n, 5, generator=generator),
+                    "rival": lambda n=n, build=build: [draw(build, n, 5) for _ in range(64)],
+                },
+                repeats,
+            )
+            row = compare(f"64 tasks, n = {n}, d = 5", f"a model per draw: {name}", timings, 20)
+            rows.append(row | {"our tasks/s": 64 / timings["ours"].cpu})
+    return rows
 
 
-class Drawn(gpytorch.models.ExactGP):
-    """An RBF Gaussian process with the hyperpriors of `sampling`, as one builds it for one draw."""
+class ExactGP(gpytorch.models.ExactGP):
+    """GPyTorch's own model with the prior of `sampling`."""
 
-    def __init__(self, d: int) -> None:
-        likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_prior=LogNormalPrior(-4.0, 1.5))
+    def __init__(self, x: Tensor) -> None:
+        likelihood, kernel = gpytorch_parts(x.shape[-1])
         super().__init__(None, None, likelihood)
-        self.mean_module = gpytorch.means.ZeroMean()
-        self.covar_module = gpytorch.kernels.ScaleKernel(
-            gpytorch.kernels.RBFKernel(ard_num_dims=d, lengthscale_prior=LogNormalPrior(-0.7, 1.0)),
-            outputscale_prior=LogNormalPrior(0.5, 0.8),
-        )
+        self.mean_module, self.covar_module = gpytorch.means.ZeroMean(), kernel
 
     def forward(self, x: Tensor) -> gpytorch.distributions.MultivariateNormal:
         return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
 
 
+def botorch_gp(x: Tensor) -> SingleTaskGP:
+    """BoTorch's model with the same prior, built as the `hebo_prior` of pfns 0.4.2 builds it."""
+    likelihood, kernel = gpytorch_parts(x.shape[-1])
+    mean, y = gpytorch.means.ZeroMean(), torch.randn(len(x), 1)
+    with warnings.catch_warnings(action="ignore", category=InputDataWarning):  # of float32
+        return SingleTaskGP(x, y, likelihood=likelihood, covar_module=kernel, mean_module=mean)
+
+
+def gpytorch_parts(d: int) -> tuple[gpytorch.likelihoods.Likelihood, gpytorch.kernels.Kernel]:
+    """A likelihood and an ARD kernel with the hyperpriors of `sampling`."""
+    kernel = gpytorch.kernels.RBFKernel(ard_num_dims=d, lengthscale_prior=LogNormalPrior(-0.7, 1.0))
+    return (
+        gpytorch.likelihoods.GaussianLikelihood(noise_prior=LogNormalPrior(-4.0, 1.5)),
+        gpytorch.kernels.ScaleKernel(kernel, outputscale_prior=LogNormalPrior(0.5, 0.8)),
+    )
+
+
 @torch.no_grad()
-def draw_with_gpytorch(n: int, d: int) -> Tensor:
-    """Targets (n,) of one task from a model with hyperparameters drawn from its priors."""
-    model = Drawn(d).eval()
+def draw(build: Callable[[Tensor], Any], n: int, d: int) -> tuple[Tensor, Tensor]:
+    """f and y (n,) of one task, from a model with hyperparameters drawn from its priors."""
+    x = torch.rand(n, d)
+    model = build(x).eval()
     for _, module, prior, closure, set_value in model.named_priors():
         set_value(module, prior.sample(closure(module).shape))
-    return model.likelihood(model(torch.rand(n, d))).sample()
+    with gpytorch.settings.prior_mode(True):
+        f = model(x).sample()
+        return f, model.likelihood(f).sample()
 
 
 def training(repeats: int) -> Rows:
@@ -149,26 +203,28 @@ def training(repeats: int) -> Rows:
     prior = GaussianProcess(ard=True, scale_with_dimension=True)
     for bf16 in (False, True):
         config = PretrainConfig(max_features=12, width=256, heads=8, bf16=bf16, tasks=1)
-        steps = range(repeats + 1)
         sizes = [
-            [plan(config, step, part) for part in range(config.micro_batches)] for step in steps
+            [plan(config, step, part) for part in range(config.micro_batches)]
+            for step in range(repeats + 1)
         ]
-        budget = sum(size.batch for parts in sizes for size in parts)
-        config = PretrainConfig(max_features=12, width=256, heads=8, bf16=bf16, tasks=budget)
+        config = replace(config, tasks=sum(size.batch for parts in sizes for size in parts))
         clock = StepClock(config)
         with tempfile.TemporaryDirectory() as folder:
             pretrain(prior, config, Path(folder), report=clock)
-        useful = sum(model_flops(config, size) for parts in sizes[1:] for size in parts)
+        network = architecture(prior, config)
+        useful = sum(
+            training_flops(network, size, config.queries) for parts in sizes[1:] for size in parts
+        )
         wall, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))
         rows.append(
             {
-                "what": f"step of {config.tokens} tokens, width 256, 6 layers",
-                "precision": "bf16" if bf16 else "float32",
-                "ms per step": 1e3 * wall / repeats,
-                "CPU ms per step": 1e3 * cpu / repeats,
+                "what": f"a step of {config.tokens} tokens, width 256, {config.layers} layers",
+                "precision": "bfloat16" if bf16 else "float32",
+                "ms": 1e3 * wall / repeats,
+                "CPU ms": 1e3 * cpu / repeats,
                 "GFLOP/s": useful / cpu / 1e9,
                 "peak GFLOP/s": clock.peak() / 1e9,
-                "share": useful / cpu / clock.peak(),
+                "share of peak": useful / cpu / clock.peak(),
                 "goal": 0.5,
             }
         )
@@ -207,30 +263,17 @@ class StepClock:
         return max(median(rates) for rates in self.rates.values())
 
 
-def model_flops(config: PretrainConfig, size: Any) -> float:
-    """FLOPs of a micro-batch, forward and backward: 6 per weight and token, and attention.
-
-    Queries need no keys and values of their own; optimiser, embedding and heads are not counted.
-    """
-    w, context, buffer = config.width, 1 + size.context, size.buffer
-    full, queries = context + buffer, config.queries
-    weights = (4 + 2 * config.expansion) * w * w * full + (
-        2 + 2 * config.expansion
-    ) * w * w * queries
-    pairs = context**2 + buffer * (context + buffer / 2) + queries * (context + buffer / 2)
-    return size.batch * config.layers * (6 * weights + 12 * w * pairs)
-
-
-def draw_tasks(model: PFN, n: int, m: int, d: int, count: int) -> list[Task]:
+def draw_tasks(model: str, n: int, m: int, d: int, count: int = 32) -> list[Task]:
     """Tasks ((x, y), query) in float64 from the checkpoint's prior."""
-    prior = model.prior if isinstance(model.prior, GaussianProcess) else GaussianProcess(ard=True)
+    prior = pfn.load(model).prior
+    assert prior is not None
     drawn = prior.sample(count, n + m, d, generator=torch.Generator().manual_seed(7))
     return [
         ((x[:n], y[:n]), x[n:]) for x, y in zip(drawn.x.unbind(), drawn.y.unbind(), strict=True)
     ]
 
 
-def ask(model: PFN, tasks: list[Task]) -> Callable[[], object]:
+def ask(model: str, tasks: list[Task]) -> Callable[[], object]:
     """Each call answers the next task by `pfn.predict`."""
 
     def answer(context: tuple[Tensor, Tensor], query: Tensor) -> object:

@@ -3,9 +3,9 @@
     python benchmarks/studies.py [--only head] [--cpu-seconds 60]
 
 Each run trains a small network (width 64, 8 layers) for the same CPU time on one core, sampling
-included, and is judged at the end of its schedule on tasks that it never saw. What is compared is
-the loss of y in nats per query, and, for the Gaussian-process prior, its excess over someone who
-knows all latents. Runs are kept in results/studies-runs.json, so that a stopped study continues.
+included, and is judged at the end of its schedule on tasks that it never saw: by the loss of y in
+nats per query and, for the Gaussian-process prior, its gap to the exact posterior. Runs are kept in
+results/studies-runs.json, so that a stopped study continues.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from pfn.mixture import mixture_log_prob
 from pfn.optim import Optimizer
 from pfn.pretrain import Lesson, PretrainConfig, Sizes, architecture, draw_lesson, plan, schedule
-from pfn.transformer import Block, Transformer
-from priors import GaussianProcess, Prior, Tasks
+from pfn.transformer import Block, Transformer, TransformerConfig
+from priors import GaussianProcess, Prior, ReferencePrior, Tasks
 
 RECIPES = Path(__file__).parent.parent / "pretrained" / "recipes"
 SEEDS = {"head": 2}  # runs per variant, one in the other studies
@@ -229,7 +229,7 @@ def make_network(variant: Variant, config: PretrainConfig) -> Network:
 
     def normalised_draws() -> Tensor:
         lessons = [
-            _lesson(prior, trunk, config, plan(config, i, 0), HELD_OUT - i) for i in range(200)
+            _lesson(prior, settings, config, plan(config, i, 0), HELD_OUT - i) for i in range(200)
         ]
         return torch.cat([_normalise(trunk, lesson).flatten() for lesson in lessons])
 
@@ -270,7 +270,9 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
     while (spent := time.process_time() - began) < config.seconds:
         for part in range(config.micro_batches):
             sizes = plan(config, step, part)
-            loss_y, loss_f = losses(network, _lesson(prior, trunk, config, sizes, step, part))
+            loss_y, loss_f = losses(
+                network, _lesson(prior, trunk.config, config, sizes, step, part)
+            )
             ((loss_y.mean() + 0.5 * loss_f.mean()) / config.micro_batches).backward()
             tasks += sizes.batch
         torch.nn.utils.clip_grad_norm_(trunk.parameters(), config.clip)
@@ -280,29 +282,55 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
     return network, {"steps": step, "tasks": tasks, "cpu_seconds": round(spent, 1)}
 
 
-def judge(network: Network, variant: Variant, config: PretrainConfig, batch: int) -> dict[str, Any]:
+def judge(network: Network, variant: Variant, batch: int) -> dict[str, Any]:
     """Loss of y on held-out tasks, the same for all runs on a prior, with its standard error."""
-    prior, same = make_prior(variant.prior), replace(config, seed=0, queries=48)
-    by_task, excess = [], []
+    prior = make_prior(variant.prior)
+    by_task = []
     for n in CONTEXTS:
-        lesson = _lesson(prior, network.trunk, same, Sizes(batch, n, 0, 1, False), HELD_OUT + n)
         with torch.no_grad():
-            loss_y, _ = losses(network, lesson)
+            loss_y, _ = losses(network, held_out(prior, network.trunk.config, n, batch))
         by_task.append(loss_y)
-        excess.append(float(loss_y.mean() - lesson.entropy))
     errors = torch.stack([values.std() / math.sqrt(batch) for values in by_task])
     return {
         "loss": mean(float(values.mean()) for values in by_task),
         "loss_by_n": {n: float(values.mean()) for n, values in zip(CONTEXTS, by_task, strict=True)},
         "loss_standard_error": float(errors.square().sum().sqrt() / len(errors)),
-        "excess": None if math.isnan(mean(excess)) else mean(excess),
     }
 
 
+def reference(name: str, path: Path, batch: int) -> float | None:
+    """The loss of the exact posterior on the same tasks, where the prior has one."""
+    prior = make_prior(name)
+    if not isinstance(prior, ReferencePrior):
+        return None
+    settings = architecture(prior, Variant().config(1.0))
+    by_n = []
+    for n in CONTEXTS:
+
+        def exact(n: int = n) -> float:
+            lesson = held_out(prior, settings, n, batch)
+            context = lesson.x.double(), lesson.y.double()
+            posterior = prior.posterior(context, lesson.x_query.double())
+            return -float(posterior.log_prob(lesson.y_draws.double()).mean())
+
+        by_n.append(remember(path, f"exact posterior, {name}, n = {n}, {batch} tasks", exact))
+    return mean(by_n)
+
+
+def held_out(prior: Prior, settings: TransformerConfig, n: int, batch: int) -> Lesson:
+    sizes = Sizes(batch, context=n, buffer=0, features=1, latents=False)
+    return _lesson(prior, settings, Variant().config(1.0), sizes, HELD_OUT + n)
+
+
 def _lesson(
-    prior: Prior, trunk: Transformer, config: PretrainConfig, sizes: Sizes, step: int, part: int = 0
+    prior: Prior,
+    settings: TransformerConfig,
+    config: PretrainConfig,
+    sizes: Sizes,
+    step: int,
+    part: int = 0,
 ) -> Lesson:
-    return draw_lesson(prior, trunk.config, config, sizes, step, part, torch.device("cpu"))
+    return draw_lesson(prior, settings, config, sizes, step, part, torch.device("cpu"))
 
 
 def _normalise(trunk: Transformer, lesson: Lesson, draws: Tensor | None = None) -> Tensor:
@@ -314,27 +342,35 @@ def _normalise(trunk: Transformer, lesson: Lesson, draws: Tensor | None = None) 
 
 def run(variant: Variant, cpu_seconds: float, path: Path, batch: int = 256) -> dict[str, Any]:
     """One run's figures, from memory where it was made before."""
-    key = json.dumps({**asdict(variant), "cpu_seconds": cpu_seconds})
+
+    def figures() -> dict[str, Any]:
+        network, effort = train(variant, variant.config(cpu_seconds))
+        return judge(network, variant, batch) | effort
+
+    return remember(path, json.dumps({**asdict(variant), "cpu_seconds": cpu_seconds}), figures)
+
+
+def remember(path: Path, key: str, compute: Callable[[], Any]) -> Any:
+    """The value of `key` in a JSON file, computed and added where it is missing."""
     memory = json.loads(path.read_text()) if path.exists() else {}
     if key not in memory:
-        config = variant.config(cpu_seconds)
-        network, effort = train(variant, config)
-        memory[key] = judge(network, variant, config, batch) | effort
+        value = compute()
+        memory = json.loads(path.read_text()) if path.exists() else {}
+        memory[key] = value
         temporary = path.with_suffix(".partial")
         temporary.write_text(json.dumps(memory, indent=1) + "\n")
         os.replace(temporary, path)
     return memory[key]
 
 
-def table(study: str, cpu_seconds: float, path: Path) -> list[dict[str, Any]]:
-    """One row per variant; `excess` is over known latents, `spread` half the range over seeds."""
+def table(study: str, cpu_seconds: float, path: Path, batch: int = 256) -> list[dict[str, Any]]:
+    """One row per variant; `gap` is to the exact posterior, `spread` half the range over seeds."""
     rows, seeds = [], SEEDS.get(study, 1)
     for label, variant in STUDIES[study].items():
-        runs = [run(replace(variant, seed=s), cpu_seconds, path) for s in range(seeds)]
-        losses = [figures["loss"] for figures in runs]
-        excess = [figures["excess"] for figures in runs if figures["excess"] is not None]
+        runs = [run(replace(variant, seed=s), cpu_seconds, path, batch) for s in range(seeds)]
+        losses, exact = [figures["loss"] for figures in runs], reference(variant.prior, path, batch)
         row: dict[str, Any] = {"study": study, "variant": label, "seeds": seeds}
-        row |= {"excess": mean(excess) if excess else None, "loss": mean(losses)}
+        row |= {"gap": None if exact is None else mean(losses) - exact, "loss": mean(losses)}
         row |= {"spread": (max(losses) - min(losses)) / 2 if seeds > 1 else None}
         row |= {
             name: round(mean(r[name] for r in runs)) for name in ("steps", "tasks", "cpu_seconds")

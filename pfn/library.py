@@ -20,7 +20,8 @@ AUTOMATIC = ("gp-1d", "gp")  # in this order, the first that was trained for the
 
 def models() -> list[ModelCard]:
     """The cards of the shipped checkpoints, by name."""
-    return [read_card(path.parent) for path in sorted(_pretrained().glob("*/card.json"))]
+    paths = sorted(_pretrained().glob("*/card.json"))
+    return [_card(path.parent, path.stat().st_mtime_ns) for path in paths]
 
 
 def load(
@@ -115,6 +116,12 @@ def _automatic(d: int) -> str:
     raise ValueError(
         f"Expected as many features as a shipped model has at most, {limits}; got {d}."
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _card(folder: Path, written: int) -> ModelCard:
+    """A card, read once for each time it was written: "auto" looks at all of them."""
+    return read_card(folder)
 
 
 @functools.lru_cache(maxsize=8)

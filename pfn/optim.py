@@ -67,7 +67,8 @@ class Optimizer:
         denominator = torch._foreach_sqrt(second)
         torch._foreach_div_(denominator, math.sqrt(1 - BETAS[1] ** count))
         torch._foreach_add_(denominator, 1e-8)
-        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+        named = [(name, self.parameters[name]) for name in self.by_adam]
+        matrices = [value for name, value in named if name.endswith("weight") and value.ndim == 2]
         torch._foreach_mul_(matrices, 1 - lr * self.weight_decay)
         torch._foreach_addcdiv_(parameters, first, denominator, -lr / (1 - BETAS[0] ** count))
 

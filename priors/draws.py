@@ -24,5 +24,5 @@ def draw(
     except NotImplementedError:
         seed = int(torch.randint(2**62, (), device=device, generator=generator))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return value.sample(torch.Size(shape)).to(device, torch.float64)

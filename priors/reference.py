@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 QUADRATURE_LIMIT = 3  # hyperparameters; a lattice in four takes seconds
 MASS_LEFT_OUT = 1e-8  # of the posterior, in nodes too light to predict with
 JOINT_ENTRIES = 2**26  # in the covariance matrices of a joint posterior: its nodes are limited
-# A new observation tells as much as one datum: its density varies on the scale of 1 in the logarithm
-# of a variance and of 1/2 in that of a lengthscale, however flat the posterior is.
-SPACING = {"lengthscale": 0.35, "outputscale": 0.7, "noise": 0.7, "mean": math.inf}
+# Largest spacings in the unconstrained hyperparameters, however flat their posterior: the density of
+# a new observation varies on a scale of 1 in the logarithm of a variance, less in a lengthscale.
+SPACING = {"lengthscale": 0.2, "outputscale": 0.7, "noise": 0.7, "mean": math.inf}
 CHUNK = 2**22  # matrix entries at once
 
 
@@ -450,7 +450,7 @@ def _given(
                 f"Expected given {name} of a shape that broadcasts to {shape}; "
                 f"got {tuple(value.shape)}."
             ) from None
-        if name == "kernel" and not all(k in range(len(prior.kernels)) for k in value.tolist()):
+        if name == "kernel" and not all(k in range(len(prior.kernels)) for k in latents[name].tolist()):
             raise ValueError(f"Expected a kernel index below {len(prior.kernels)}; got {value}.")
         if name in ("lengthscale", "outputscale", "noise") and not (value > 0).all():
             raise ValueError(f"Expected a positive {name}; got {value.tolist()}.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -92,5 +95,82 @@ def test_a_study_trains_judges_and_remembers(benchmark_module, tmp_path: Path) -
     again = studies.run(variant, 0.2, memory, batch=4)
     other = studies.run(replace(variant, seed=1), 0.2, memory, batch=4)
 
-    assert first["steps"] >= 1 and math.isfinite(first["loss"]) and first["excess"] is None
+    assert first["steps"] >= 1 and math.isfinite(first["loss"])
     assert again["loss"] == first["loss"] != other["loss"]
+
+
+def test_contenders_take_turns_and_quick_ones_are_called_several_times(benchmark_module) -> None:
+    common: ModuleType = benchmark_module("common")
+    calls: list[str] = []
+    contenders = {
+        "quick": lambda: calls.append("quick"),
+        "slow": lambda: calls.append("slow") or time.sleep(0.02),
+    }
+
+    timings = common.measure(contenders, repeats=3, at_least=0.01)
+
+    turns = [name for name, _ in itertools.groupby(calls)]
+    assert turns == ["quick", "slow"] * 4  # the first to see how long each takes
+    assert calls.count("slow") == 2 + 3 and calls.count("quick") > 300
+    assert timings["slow"].wall >= 0.02 > timings["slow"].cpu > timings["quick"].cpu > 0
+
+
+def test_held_out_draws_come_with_their_exact_posterior_density(benchmark_module) -> None:
+    peers: ModuleType = benchmark_module("peers")
+    questions = peers.ask(7, 3, generator=torch.Generator().manual_seed(0), m=5)
+
+    posterior = peers.PRIOR.posterior((questions.x, questions.y), questions.query)
+    density = torch.stack([posterior.log_prob(y) for y in questions.targets.unbind(-1)], dim=-1)
+
+    torch.testing.assert_close(questions.log_density, density, rtol=1e-6, atol=1e-6)
+    share = posterior.cdf(questions.targets.movedim(-1, 0)).movedim(0, -1)
+    assert torch.equal((32 * share).floor().long(), torch.arange(32).expand(3, 5, 32))
+
+
+def test_a_gap_is_the_mean_difference_of_log_densities(benchmark_module) -> None:
+    peers: ModuleType = benchmark_module("peers")
+    generator = torch.Generator().manual_seed(0)
+    questions = {n: peers.ask(n, 2, generator=generator) for n in (3, 4)}
+    worse = {n: batch.log_density - n / 10 for n, batch in questions.items()}
+
+    row = peers.describe("worse", worse, 1.0, 1, questions)
+
+    assert row["gap, nats"] == pytest.approx(0.35) and row["n = 4"] == pytest.approx(0.4)
+    assert row["standard error"] == pytest.approx(0.1 / math.sqrt(3) / 2)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # by linear_operator
+def test_gpytorch_draws_the_tasks_of_the_prior_that_it_is_timed_against(benchmark_module) -> None:
+    speed: ModuleType = benchmark_module("speed")
+    torch.manual_seed(0)
+    for build in (speed.ExactGP, speed.botorch_gp):
+        drawn = [speed.draw(build, 20, 5) for _ in range(150)]
+        # Medians over tasks of mean squares: e^0.5 outputscale, e^-4 noise, both log-normal.
+        f, noise = (torch.stack(part) for part in zip(*((f, y - f) for f, y in drawn), strict=True))
+        for values, log_median, log_std in ((f[:, 0].abs(), 0.5, 0.8), (noise, -4.0, 1.5)):
+            log_squares = values.square().flatten().log()
+            # log of a chi-square with one degree of freedom: mean -1.27, variance pi^2 / 2
+            error = 4 * math.sqrt((log_std**2 + math.pi**2 / 2) / 150)
+            assert float(log_squares.mean()) == pytest.approx(log_median - 1.27, abs=error)
+
+
+def test_the_report_writes_tables_between_its_marks_and_nowhere_else(
+    benchmark_module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    report: ModuleType = benchmark_module("report")
+    facts = {"versions": {"torch": "2"}, "command": "python x", "date": "today", "hardware": "one"}
+    rows = [{"what": "a", "ms": 12.3456, "ratio": None}, {"what": "b", "ms": 1234.5, "ratio": 2}]
+    (tmp_path / "peers.json").write_text(json.dumps({"rows": rows, **facts}))
+    readme = tmp_path / "README.md"
+    readme.write_text("Before.\n\n<!-- tables -->\nold\n<!-- end of tables -->\n\nAfter.\n")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+
+    report.main()
+    once = readme.read_text()
+    report.main()
+
+    assert readme.read_text() == once and "old" not in once
+    assert once.startswith("Before.\n") and once.endswith("\nAfter.\n")
+    assert "| what | ms | ratio |\n| :-- | --: | --: |\n| a | 12.3 |  |\n| b | 1234 | 2 |" in once
+    assert "`python x`, today, on one; torch 2." in once

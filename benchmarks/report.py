@@ -1,0 +1,59 @@
+"""Rewrites the tables of README.md beside it from results/*.json: `python benchmarks/report.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, Row, columns, readable
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+HEADINGS = {
+    "speed-predict": "Prediction against a fitted Gaussian process",
+    "speed-nuts": "Prediction against NUTS",
+    "speed-cache": "A query on a cached context",
+    "speed-sampling": "Prior sampling",
+    "speed-training": "A training step against the machine's matrix products",
+    "peers": "Training against the `pfns` package",
+    "uci": "Small real tables",
+    "studies": "Design choices at equal compute",
+}
+
+
+def main() -> None:
+    """Writes the README, in which everything outside the two marks stays as it is."""
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    paths = {name: RESULTS / f"{name}.json" for name in HEADINGS}
+    parts = [
+        section(name, json.loads(path.read_text())) for name, path in paths.items() if path.exists()
+    ]
+    README.write_text("\n\n".join([before + BEGIN, *parts, END + after]), encoding="utf-8")
+
+
+def section(name: str, content: dict[str, Any]) -> str:
+    """A heading, a table for `rows` and for each further list of rows, and how they came about."""
+    tables = [markdown(content["rows"])]
+    tables += [
+        f"{key.capitalize()}:\n\n{markdown(rows)}"
+        for key, rows in content.items()
+        if key != "rows" and isinstance(rows, list) and rows
+    ]
+    versions = ", ".join(f"{library} {version}" for library, version in content["versions"].items())
+    source = f"`{content['command']}`, {content['date']}, on {content['hardware']}; {versions}."
+    return "\n\n".join([f"### {HEADINGS[name]}", *tables, source])
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table in Markdown, numbers to the right."""
+    names = columns(rows)
+    words = [isinstance(rows[0].get(name), str) for name in names]
+    lines = [names, [":--" if is_word else "--:" for is_word in words]]
+    lines += [[readable(row.get(name)) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
