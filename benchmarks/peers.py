@@ -39,7 +39,8 @@ OURS = PretrainConfig(
     layers=6,
     heads=4,
     expansion=2,
-    tokens=1024,
+    tokens=512,
+    micro_batches=2,
     lr=5e-3,
     bf16=False,
     tasks=1,
@@ -47,7 +48,13 @@ OURS = PretrainConfig(
 # The tutorial's own sizes, and the sizes and step size at which the package did best on a CPU.
 RIVALS = {
     "pfns, its tutorial's recipe": [],
-    "pfns, small network and batch": ["--width=128", "--heads=4", "--batch=8", "--lr=1e-3"],
+    "pfns, small network and batch": [
+        "--width=128",
+        "--heads=4",
+        "--batch=8",
+        "--lr=1e-3",
+        "--epochs=50",
+    ],
 }
 
 

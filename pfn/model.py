@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from torch.distributions import Categorical, Distribution, LogNormal, MixtureSam
 from pfn.card import ModelCard
 from pfn.data import Context, check_context, check_finite, check_query, to_tensor
 from pfn.predictive import Predictive
-from pfn.transformer import Encoded, Latent, Mixture, Transformer
+from pfn.transformer import Encoded, Latent, Mixture, Scaling, Transformer
 from priors import Prior
 
 CHUNK = 8192  # queries per pass: bounds memory for a million queries
@@ -44,6 +43,20 @@ class Units(NamedTuple):
 
     def map_y(self, y: Tensor) -> Tensor:
         return (y - self.y_shift.unsqueeze(-1)) / self.y_scale.unsqueeze(-1)
+
+
+class Ready(NamedTuple):
+    """A checked context and its units, and the same in the prior's units for the network."""
+
+    context: Context
+    units: Units
+    x: Tensor  # (b, n, d)
+    y: Tensor  # (b, n)
+    known: Tensor | None  # (b, latent_slots) standardised latents, NaN where unknown
+
+    @property
+    def network_inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.x, self.y, self.known
 
 
 class PFN:
@@ -76,14 +89,15 @@ class PFN:
         Returns:
             A `Predictive` with batch_shape (m,), or (b, m) for batched tasks.
         """
-        fitted = self.condition(
-            context,
-            standardize=standardize,
-            bounds=bounds,
-            given=given,
-            extrapolate_n=extrapolate_n,
-        )
-        return fitted.predict(x_query, latent=latent)
+        ready = self._prepare(context, standardize, bounds, given, extrapolate_n)
+        x, dtype = check_query(x_query, ready.context)
+        if x.shape[1] > CHUNK:
+            return self._encode(ready).predict(x_query, latent=latent)
+        mapped = ready.units.map_x(x.to(ready.x.device)).to(ready.x.dtype)
+        with _recording(mapped, *ready.network_inputs):
+            final, inner = self.transformer.answer(*ready.network_inputs, mapped)
+            mixture = _mixture(self.transformer, final, latent)
+            return _predictive(mixture, inner, ready, x.device, dtype)
 
     def condition(
         self,
@@ -109,6 +123,17 @@ class PFN:
         Raises:
             ValueError: on bad data, too many features, or a context far beyond the trained size.
         """
+        return self._encode(self._prepare(context, standardize, bounds, given, extrapolate_n))
+
+    def _prepare(
+        self,
+        context: Any,
+        standardize: bool,
+        bounds: Any,
+        given: Mapping[str, Any] | None,
+        extrapolate_n: bool,
+    ) -> Ready:
+        """Checks what the user passed and maps it to the prior's units, on the network's device."""
         parameter = self.transformer.embed_query
         checked = check_context(context)
         checked = checked._replace(
@@ -120,14 +145,17 @@ class PFN:
             raise ValueError("Expected no bounds with standardize=False, which leaves x as it is.")
         units = _units(checked, standardize, _check_bounds(bounds, d))
         known = self._known(given, units, d)
-        inputs = [units.map_x(checked.x), units.map_y(checked.y)]
-        inputs += [] if known is None else [known]
-        wants_gradient = any(value.requires_grad for value in inputs)
-        with _recording(wants_gradient):
-            encoded = self.transformer.encode(*(value.to(parameter) for value in inputs))
-        if encoded.num_context.is_inference():
-            encoded = encoded.copy()  # a later query may want a gradient
-        return Fitted(self, checked, units, encoded)
+        return Ready(
+            checked,
+            units,
+            units.map_x(checked.x).to(parameter.dtype),
+            units.map_y(checked.y).to(parameter.dtype),
+            None if known is None else known.to(parameter),
+        )
+
+    def _encode(self, ready: Ready) -> Fitted:
+        with _recording(*ready.network_inputs):
+            return Fitted(self, ready, self.transformer.encode(*ready.network_inputs))
 
     def _check_sizes(self, n: int, d: int, extrapolate_n: bool) -> None:
         card = self.card
@@ -230,10 +258,11 @@ class PFN:
 class Fitted:
     """A PFN with an encoded context: the posterior over functions given the data."""
 
-    def __init__(self, pfn: PFN, context: Context, units: Units, encoded: Encoded) -> None:
+    def __init__(self, pfn: PFN, ready: Ready, encoded: Encoded) -> None:
         self.pfn = pfn
-        self.context = context
-        self.units = units
+        self.context = ready.context
+        self.units = ready.units
+        self._ready = ready
         self._encoded = encoded
 
     def predict(self, x_query: Any, *, latent: bool = False) -> Predictive:
@@ -251,22 +280,15 @@ class Fitted:
             ValueError: if the query does not fit the context.
         """
         x, dtype = check_query(x_query, self.context)
-        parameter = self.pfn.transformer.embed_query
-        inner, keys = self._encoded.scaling, self._encoded.layers[0].key
-        with _recording(x.requires_grad or keys.requires_grad):
-            mapped = self.units.map_x(x.to(parameter.device)).to(parameter)
-            parts = [self._mixture(chunk, latent) for chunk in mapped.split(CHUNK, dim=1)]
-            log_weights, means, log_stds = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-            scale = self.units.y_scale * inner.scale.double()
-            shift = self.units.y_shift + self.units.y_scale * inner.center.double()
-            means = shift[:, None, None] + scale[:, None, None] * means.double()
-            stds = scale[:, None, None] * log_stds.double().exp()
-            parameters = [
-                self._unbatch(value).to(x.device, dtype) for value in (log_weights, means, stds)
+        transformer, keys = self.pfn.transformer, self._encoded.layers[0].key
+        mapped = self.units.map_x(x.to(keys.device)).to(keys.dtype)
+        with _recording(mapped, keys):
+            mixtures = [
+                _mixture(transformer, transformer.decode(self._encoded, part), latent)
+                for part in mapped.split(CHUNK, dim=1)
             ]
-        if log_stds.is_inference():
-            parameters = [value.clone() for value in parameters]  # free of inference mode
-        return Predictive(*parameters)
+            mixture = Mixture(*(torch.cat(part, 1) for part in zip(*mixtures, strict=True)))
+            return _predictive(mixture, self._encoded.scaling, self._ready, x.device, dtype)
 
     def latents(self) -> dict[str, Distribution]:
         """Posterior marginals of the prior's latents, in the units of the data.
@@ -314,15 +336,30 @@ class Fitted:
     def _unbatch(self, value: Tensor) -> Tensor:
         return value if self.context.batched else value.squeeze(0)
 
-    def _mixture(self, x: Tensor, latent: bool) -> Mixture:
-        transformer = self.pfn.transformer
-        final = transformer.decode(self._encoded, x)
-        return transformer.mixture_f(final) if latent else transformer.mixture_y(final)
+
+def _recording(*inputs: Tensor | None) -> torch.set_grad_enabled:
+    """Records gradients where an input asks for one, and the caller does not forbid it."""
+    wanted = any(value is not None and value.requires_grad for value in inputs)
+    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
 
 
-def _recording(wanted: bool) -> AbstractContextManager[None]:
-    """Records gradients where wanted and possible, else nothing at all: a tenth quicker."""
-    return torch.enable_grad() if wanted and torch.is_grad_enabled() else torch.inference_mode()
+def _mixture(transformer: Transformer, final: Tensor, latent: bool) -> Mixture:
+    return transformer.mixture_f(final) if latent else transformer.mixture_y(final)
+
+
+def _predictive(
+    mixture: Mixture, inner: Scaling, ready: Ready, device: torch.device, dtype: torch.dtype
+) -> Predictive:
+    """The network's mixture (b, m, components), mapped back to the units of the data."""
+    units = ready.units
+    scale = (units.y_scale * inner.scale.double())[:, None, None]
+    shift = (units.y_shift + units.y_scale * inner.center.double())[:, None, None]
+    means = shift + scale * mixture.means.double()
+    stds = scale * mixture.log_stds.double().exp()
+    parameters = [value.to(device, dtype) for value in (mixture.log_weights, means, stds)]
+    if not ready.context.batched:
+        parameters = [value.squeeze(0) for value in parameters]
+    return Predictive(*parameters)
 
 
 def _units(context: Context, standardize: bool, bounds: Tensor | None) -> Units:

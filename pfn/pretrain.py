@@ -234,18 +234,23 @@ def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     Expected negative log density of y, in nats per query, plus half of f's and a tenth of the
     latents'.
     """
-    encoded = model.encode(lesson.x, lesson.y, lesson.known)
-    final = model.decode(
-        encoded,
-        lesson.x_query,
-        buffer=lesson.buffer,
-        visible=lesson.visible,
-        latents=lesson.latents is not None,
-    )
+    context, latents = (lesson.x, lesson.y, lesson.known), lesson.latents is not None
+    if lesson.buffer is None:
+        final, scaling = model.answer(*context, lesson.x_query, latents=latents)
+    else:
+        encoded = model.encode(*context)
+        scaling = encoded.scaling
+        final = model.decode(
+            encoded,
+            lesson.x_query,
+            buffer=lesson.buffer,
+            visible=lesson.visible,
+            latents=latents,
+        )
     m = lesson.x_query.shape[1]
     with torch.autocast(final.device.type, enabled=False):
         final = final.float()
-        center, scale = (value.unsqueeze(-1) for value in encoded.scaling)
+        center, scale = (value.unsqueeze(-1) for value in scaling)
         y_draws, f_draws = ((draws - center) / scale for draws in (lesson.y_draws, lesson.f_draws))
         log_scale = scale.log().mean()
         loss_y = log_scale - _mean_log_prob(model.mixture_y(final[:, :m]), y_draws)

@@ -111,6 +111,9 @@ class Near(NamedTuple):
     square: Tensor  # (..., h, t, 1)
     present: Tensor  # (..., h, t, 1)
 
+    def first(self, k: int) -> Near:
+        return Near(*(part[..., :k, :] for part in self))
+
     def of_query(self) -> tuple[Tensor, Tensor, Tensor]:
         return 2 * self.scaled, -self.square, self.present
 
@@ -132,12 +135,6 @@ class Encoded(NamedTuple):
     layers: list[EncodedLayer]
     scaling: Scaling
     num_context: Tensor  # (b,) n, as a float
-
-    def copy(self) -> Encoded:
-        """The same in fresh memory."""
-        layers = [EncodedLayer(*(value.clone() for value in layer)) for layer in self.layers]
-        scaling = Scaling(*(value.clone() for value in self.scaling))
-        return Encoded(layers, scaling, self.num_context.clone())
 
 
 class Block(nn.Module):
@@ -171,20 +168,20 @@ class Block(nn.Module):
 
     def metric(self, normed_task: Tensor, d: int) -> Tensor:
         """Square roots of the precisions (b, h, 1, d), from the task token (b, w)."""
-        log_precision = _full(linear(self.to_metric, normed_task))
+        log_precision = _full(self.to_metric(normed_task))
         log_precision = log_precision.view(len(normed_task), self.heads, 1, self.max_features)
         return (0.5 * log_precision[..., :d].clamp(-8, 7)).exp()
 
     def queries(self, normed: Tensor, sharpness: Tensor, *near: Tensor) -> Tensor:
         """Query vectors (b, h, tokens, w/h + d + 2): content, `sharpness` times, and place."""
         b, t, w = normed.shape
-        content = _full(linear(self.to_query, normed)).view(b, t, self.heads, w // self.heads)
+        content = _full(self.to_query(normed)).view(b, t, self.heads, w // self.heads)
         return torch.cat([content.transpose(1, 2) * sharpness, *near], dim=-1)
 
     def keys_values(self, normed: Tensor, *near: Tensor) -> tuple[Tensor, Tensor]:
         """Key vectors as long as the queries', and values with zeros up to the same length."""
         b, t, w = normed.shape
-        both = _full(linear(self.to_key_value, normed)).view(b, t, 2, self.heads, w // self.heads)
+        both = _full(self.to_key_value(normed)).view(b, t, 2, self.heads, w // self.heads)
         key, value = both.transpose(1, 3).unbind(2)  # (b, h, t, w/h)
         key = torch.cat([key, *near], dim=-1)
         return key, F.pad(value, (0, key.shape[-1] - value.shape[-1]))
@@ -192,9 +189,9 @@ class Block(nn.Module):
     def finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
         """Adds what attention gathered (b, h, tokens, w/h), then the feed-forward layer."""
         content = attended[..., : tokens.shape[-1] // self.heads]
-        tokens = tokens + linear(self.from_heads, content.transpose(1, 2).flatten(2))
-        hidden = F.relu(linear(self.expand, norm(self.norm_forward, tokens))).square()
-        return tokens + linear(self.contract, hidden)
+        tokens = tokens + self.from_heads(content.transpose(1, 2).flatten(2))
+        hidden = F.relu(self.expand(self.norm_forward(tokens))).square()
+        return tokens + self.contract(hidden)
 
 
 class Transformer(nn.Module):
@@ -224,29 +221,53 @@ class Transformer(nn.Module):
         Args:
             known: (b, latent_slots) standardised latents that are known, NaN where unknown.
         """
+        nothing = self.embed_query.expand(len(x), 0, -1)
+        return self._run(x, y, known, nothing, place(x[:, :0]))[0]
+
+    def answer(
+        self,
+        x: Tensor,
+        y: Tensor,
+        known: Tensor | None,
+        x_query: Tensor,
+        *,
+        latents: bool = False,
+    ) -> tuple[Tensor, Scaling]:
+        """What `decode` gives for `encode` of a context, in one pass; and the scaling."""
+        queries, where = self._embed_queries(x_query, latents)
+        encoded, final = self._run(x, y, known, queries, where)
+        return final, encoded.scaling
+
+    def _run(
+        self, x: Tensor, y: Tensor, known: Tensor | None, queries: Tensor, where: Place
+    ) -> tuple[Encoded, Tensor]:
+        """Context and queries (b, m, w) through all layers; every token attends to the context."""
         scaling = self.scaling(y)
         count = torch.full_like(scaling.center, x.shape[1])
         tokens = torch.cat(
             [
                 self._task_token(scaling, count, x.shape[-1], known),
                 self._embed_points(x, y, scaling),
+                queries,
             ],
             dim=1,
-        )  # (b, 1 + n, w)
-        where = place(x, before=1)
+        )  # (b, 1 + n + m, w)
+        k = 1 + x.shape[1]
+        context = place(x, before=1)
+        where = Place(*(torch.cat(two, dim=2) for two in zip(context, where, strict=True)))
         logits = torch.stack([block.task_logit for block in self.blocks])[:, None, :, None, None]
-        logits = logits * (1 - where.present)  # (layer, 1, h, 1 + n, 1), for the task token alone
+        logits = logits * (1 - context.present)  # (layer, 1, h, 1 + n, 1), for the task token alone
         sharpness = self.sharpness(count[:, None])
         layers = []
         for block, sharp, logit in zip(self.blocks, sharpness, logits, strict=True):
-            normed = norm(block.norm_attention, tokens)
+            normed = block.norm_attention(tokens)
             metric = block.metric(normed[:, 0], x.shape[-1])
             near = where.near(metric)
-            key, value = block.keys_values(normed, *near.of_key(logit))
+            key, value = block.keys_values(normed[:, :k], *near.first(k).of_key(logit))
             layers.append(EncodedLayer(key, value, metric))
             query = block.queries(normed, sharp, *near.of_query())
             tokens = block.finish(tokens, attend(query, key, value))
-        return Encoded(layers, scaling, count)
+        return Encoded(layers, scaling, count), self.norm(tokens[:, k:])
 
     def decode(
         self,
@@ -265,18 +286,14 @@ class Transformer(nn.Module):
             visible: (m,) how many buffer points each query sees; needed with a buffer.
             latents: appends one query per latent slot, which sees the context only.
         """
-        queries = self._embed_features(x_query) + self.embed_query
-        if latents:
-            extra = self.embed_latent.expand(x_query.shape[0], -1, -1)
-            queries = torch.cat([queries, extra], dim=1)
-        where = place(x_query, after=queries.shape[1] - x_query.shape[1])
+        queries, where = self._embed_queries(x_query, latents)
         if buffer is None:
             sharpness = self.sharpness(encoded.num_context[:, None])
             metrics = torch.stack([layer.metric for layer in encoded.layers])
             nears = torch.cat(where.near(metrics).of_query(), dim=-1)  # of all layers at once
             layers = zip(self.blocks, encoded.layers, sharpness, nears, strict=True)
             for block, (key, value, _), sharp, near in layers:
-                query = block.queries(norm(block.norm_attention, queries), sharp, near)
+                query = block.queries(block.norm_attention(queries), sharp, near)
                 queries = block.finish(queries, attend(query, key, value))
             return self.norm(queries)
         assert visible is not None
@@ -300,7 +317,7 @@ class Transformer(nn.Module):
         for block, (key, value, metric), sharp in zip(
             self.blocks, encoded.layers, sharpness, strict=True
         ):
-            normed = norm(block.norm_attention, tokens)
+            normed = block.norm_attention(tokens)
             key_added, value_added = block.keys_values(normed[:, :k], *new.near(metric).of_key())
             attended = attend(
                 block.queries(normed, sharp, *every.near(metric).of_query()),
@@ -350,6 +367,14 @@ class Transformer(nn.Module):
         which = weight[:, d - 1 - self.config.max_features]  # the input that says "d features"
         return F.linear(features, weight[:, : features.shape[-1]], self.embed_x.bias + which)
 
+    def _embed_queries(self, x: Tensor, latents: bool) -> tuple[Tensor, Place]:
+        """Query tokens (b, m, w), one per latent slot behind them if wanted, and their places."""
+        queries = self._embed_features(x) + self.embed_query
+        if latents:
+            extra = self.embed_latent.expand(x.shape[0], -1, -1)
+            queries = torch.cat([queries, extra], dim=1)
+        return queries, place(x, after=queries.shape[1] - x.shape[1])
+
     def _embed_points(self, x: Tensor, y: Tensor, scaling: Scaling) -> Tensor:
         normalised = (y - scaling.center.unsqueeze(-1)) / scaling.scale.unsqueeze(-1)
         return self._embed_features(x) + self.embed_y(normalised.unsqueeze(-1))
@@ -371,16 +396,6 @@ class Transformer(nn.Module):
             latents = torch.cat([known.nan_to_num(0.0), ~known.isnan()], dim=-1)
             token = token + F.linear(latents, weight[:, : 2 * slots])
         return token.unsqueeze(1)
-
-
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x), without what a module adds to a call: a tenth of the time of a small prediction."""
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    """layer(x), likewise."""
-    return torch.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
 def place(x: Tensor, *, before: int = 0, after: int = 0) -> Place:

@@ -3,6 +3,8 @@
 from priors.config import from_config as from_config
 from priors.config import to_config as to_config
 from priors.gp import GaussianProcess as GaussianProcess
+from priors.reference import Marginal as Marginal
+from priors.reference import nuts_posterior as nuts_posterior
 from priors.tasks import ConditionalPrior as ConditionalPrior
 from priors.tasks import ConditionalTasks as ConditionalTasks
 from priors.tasks import Prior as Prior

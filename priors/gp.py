@@ -349,7 +349,9 @@ def cholesky(covariance: Tensor, diagonal: Tensor) -> Tensor:
         bad = failed > 0
         diagonal = torch.where(bad[:, None, None], 10 * diagonal, diagonal)
         factor[bad], failed[bad] = torch.linalg.cholesky_ex((covariance + diagonal * eye)[bad])
-    raise RuntimeError("The covariance is not positive definite, even with a diagonal 1e8 x larger.")
+    raise RuntimeError(
+        "The covariance is not positive definite, even with a diagonal 1e8 x larger."
+    )
 
 
 def _pieces(theta: dict[str, Tensor], x: Tensor, z: Tensor) -> Iterator[tuple[Any, ...]]:

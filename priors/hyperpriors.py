@@ -72,9 +72,12 @@ class Hyperpriors(NamedTuple):
         return total
 
     def _parts(self, t: Tensor) -> list[tuple[Coordinate, Tensor]]:
-        sizes = [math.prod(coordinate.shape) for coordinate in self.coordinates]
-        parts = t.split(sizes, -1) if sizes else ()
-        return [(c, p.reshape(len(t), *c.shape)) for c, p in zip(self.coordinates, parts)]
+        parts, start = [], 0
+        for coordinate in self.coordinates:
+            end = start + math.prod(coordinate.shape)
+            parts.append((coordinate, t[:, start:end].reshape(len(t), *coordinate.shape)))
+            start = end
+        return parts
 
 
 def hyperpriors(prior: GaussianProcess, d: int, given: Mapping[str, Tensor]) -> Hyperpriors:

@@ -16,7 +16,9 @@ Design = Callable[..., Tensor]
 
 def uniform(batch: int, n: int, d: int, *, generator: torch.Generator) -> Tensor:
     """Independent uniform inputs on the box."""
-    return torch.rand(batch, n, d, dtype=torch.float64, device=generator.device, generator=generator)
+    return torch.rand(
+        batch, n, d, dtype=torch.float64, device=generator.device, generator=generator
+    )
 
 
 def normal(batch: int, n: int, d: int, *, generator: torch.Generator) -> Tensor:

@@ -36,6 +36,9 @@ class Settings(NamedTuple):
     target_accept: float = 0.8
 
 
+DEFAULT = Settings()
+
+
 class Draws(NamedTuple):
     """Draws from a posterior in the coordinates of the hyperpriors."""
 
@@ -61,7 +64,7 @@ def sample_nuts(
     hyper: Hyperpriors,
     *,
     seed: int,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULT,
 ) -> Draws:
     """Draws from p(hyperparameters | x, y) under one kernel.
 
@@ -73,21 +76,9 @@ def sample_nuts(
     Raises:
         ValueError: a hyperprior that is not in `priors.config.DISTRIBUTIONS`.
     """
-    feature, profile = _KERNELS[kernel]
-    coordinates = tuple(
-        (c.name, json.dumps(to_config(c.prior)), math.prod(c.shape)) for c in hyper.coordinates
-    )
-    data = {
-        "features": feature(x.unsqueeze(1), x.unsqueeze(0)).flatten(0, 1).numpy(),
-        "profile": list(_PROFILES).index(profile),
-        "y": y.numpy(),
-        "known": {name: value.reshape(-1).numpy() for name, value in hyper.known.items()},
-        "mean_variance": hyper.mean_variance,
-        "affine": [(c.location.numpy(), c.scale.numpy(), c.factor) for c in hyper.coordinates],
-    }
     with jax.enable_x64(True):
-        key = jax.random.key(seed)
-        out = _sampler(coordinates, settings)(data, key)
+        run = _sampler(_specification(hyper), settings)
+        out = run(_data(kernel, x, y, hyper), jax.random.key(seed))
         t, divergent, leapfrogs = (torch.from_numpy(np.array(part)) for part in out)
     return Draws(t, divergent, leapfrogs)
 
@@ -128,19 +119,39 @@ _PROFILES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@functools.lru_cache(maxsize=32)
-def _sampler(
-    coordinates: tuple[tuple[str, str, int], ...], settings: Settings
-) -> Callable[[dict[str, Any], jax.Array], tuple[jax.Array, ...]]:
-    """A jitted map from (data, key) to the draws, divergences and leapfrogs of all chains."""
+Specification = tuple[tuple[str, str, int], ...]  # name, prior as JSON and size of coordinates
+
+
+def _specification(hyper: Hyperpriors) -> Specification:
+    """What the sampler is compiled for; all else about the hyperpriors is data."""
+    return tuple(
+        (c.name, json.dumps(to_config(c.prior)), math.prod(c.shape)) for c in hyper.coordinates
+    )
+
+
+def _data(kernel: str, x: Tensor, y: Tensor, hyper: Hyperpriors) -> dict[str, Any]:
+    """One task as the arguments of `_potential`."""
+    feature, profile = _KERNELS[kernel]
+    return {
+        "features": feature(x.unsqueeze(1), x.unsqueeze(0)).flatten(0, 1).numpy(),  # (n^2, dim)
+        "profile": list(_PROFILES).index(profile),
+        "y": y.numpy(),
+        "known": {name: value.reshape(-1).numpy() for name, value in hyper.known.items()},
+        "mean_variance": hyper.mean_variance,
+        "affine": [(c.location.numpy(), c.scale.numpy(), c.factor) for c in hyper.coordinates],
+    }
+
+
+def _potential(coordinates: Specification) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
+    """-log p(t, y | x) up to a constant, as a function of `_data` and coordinates t (dim,)."""
     names = [name for name, _, _ in coordinates]
     priors = [_to_numpyro(json.loads(config)) for _, config, _ in coordinates]
-    sizes = [size for _, _, size in coordinates]
+    ends = np.cumsum([size for _, _, size in coordinates])
 
-    def potential(t: jax.Array, data: dict[str, Any]) -> jax.Array:
-        theta, log_prior = dict(data["known"]), 0.0
-        parts = jnp.split(t, np.cumsum(sizes)[:-1])
-        for name, prior, part, affine in zip(names, priors, parts, data["affine"]):
+    def potential(data: dict[str, Any], t: jax.Array) -> jax.Array:
+        theta, log_prior = dict(data["known"]), jnp.zeros(())
+        parts = jnp.split(t, ends[:-1])
+        for name, prior, part, affine in zip(names, priors, parts, data["affine"], strict=True):
             location, scale, factor = affine
             bijection = numpyro.distributions.biject_to(prior.support)
             free = location + scale * part
@@ -149,22 +160,37 @@ def _sampler(
             log_prior += jnp.sum(prior.log_prob(value) + jacobian)
             theta[name] = factor * value
         n, d = len(data["y"]), data["features"].shape[-1]
-        weights = jnp.broadcast_to(theta["lengthscale"] ** -2, (d,))
+        weights = jnp.broadcast_to(theta["lengthscale"] ** -2.0, (d,))
         square = (data["features"] @ weights).reshape(n, n)
         unit = jax.lax.switch(data["profile"], list(_PROFILES.values()), square)
         diagonal = theta["noise"] + JITTER * theta["outputscale"]
         covariance = theta["outputscale"] * unit + data["mean_variance"] + diagonal * jnp.eye(n)
-        factor = jnp.linalg.cholesky(covariance)
-        z = jax.scipy.linalg.solve_triangular(factor, data["y"] - theta["mean"], lower=True)
-        return 0.5 * z @ z + jnp.log(jnp.diagonal(factor)).sum() - log_prior
+        root = jnp.linalg.cholesky(covariance)
+        z = jax.scipy.linalg.solve_triangular(root, data["y"] - theta["mean"], lower=True)
+        return 0.5 * z @ z + jnp.log(jnp.diagonal(root)).sum() - log_prior
+
+    return potential
+
+
+def _to_numpyro(config: dict[str, Any]) -> numpyro.distributions.Distribution:
+    parameters = {k: v for k, v in config.items() if k not in ("distribution", "dtype")}
+    parameters = {k: np.asarray(v, dtype=np.float64) for k, v in parameters.items()}
+    return getattr(numpyro.distributions, config["distribution"])(**parameters)
+
+
+@functools.lru_cache(maxsize=32)
+def _sampler(
+    coordinates: Specification, settings: Settings
+) -> Callable[[dict[str, Any], jax.Array], tuple[jax.Array, ...]]:
+    """A jitted map from (data, key) to the draws, divergences and leapfrogs of all chains."""
+    potential = _potential(coordinates)
+    dim = sum(size for _, _, size in coordinates)
 
     def chain(data: dict[str, Any], key: jax.Array) -> tuple[jax.Array, ...]:
         start_key, key = jax.random.split(key)
-        start = 0.5 * jax.random.normal(start_key, (sum(sizes),))
-        init, step = hmc(functools.partial(potential, data=data), algo="NUTS")
-        state = init(
-            start, settings.warmup, target_accept_prob=settings.target_accept, rng_key=key
-        )
+        start = 0.5 * jax.random.normal(start_key, (dim,))
+        init, step = hmc(functools.partial(potential, data), algo="NUTS")
+        state = init(start, settings.warmup, target_accept_prob=settings.target_accept, rng_key=key)
         state = jax.lax.fori_loop(0, settings.warmup, lambda _, state: step(state), state)
 
         def draw(state: Any, _: None) -> tuple[Any, tuple[jax.Array, ...]]:
@@ -180,16 +206,17 @@ def _sampler(
     return jax.jit(chains)
 
 
-def _to_numpyro(config: dict[str, Any]) -> numpyro.distributions.Distribution:
-    parameters = {k: v for k, v in config.items() if k not in ("distribution", "dtype")}
-    parameters = {k: np.asarray(v, dtype=np.float64) for k, v in parameters.items()}
-    return getattr(numpyro.distributions, config["distribution"])(**parameters)
+class LogEvidence(NamedTuple):
+    """An estimate in nats with its standard error."""
+
+    value: float
+    error: float
 
 
 def bridge_log_evidence(
     log_density: Callable[[Tensor], Tensor], t: Tensor, *, seed: int
-) -> tuple[float, float]:
-    """The logarithm of int exp(log_density), and its standard error, from draws of the density.
+) -> LogEvidence:
+    """log int exp(log_density(t)) dt and its standard error, from draws of the density.
 
     Half of each chain fits a normal proposal, the other half is compared with draws from it; then
     the halves change roles. Density and draws are made symmetric about the proposal's mean first,
@@ -199,22 +226,23 @@ def bridge_log_evidence(
         log_density: maps points (node, dim) to (node,).
         t: draws (chain, draw, dim).
 
-    Reference: Meng and Wong, Statistica Sinica 6, 1996, equation 4.1; Meng and Schilling, J. Comp.
-    Graph. Stat. 11, 2002 (warp III); the standard error is Fruehwirth-Schnatter, Econometrics
-    Journal 7, 2004, equation 16.
+    Reference: Meng and Wong, Statistica Sinica 6, 1996; Meng and Schilling, J. Comput. Graph.
+    Stat. 11, 2002 (warp III); the standard error as in Fruehwirth-Schnatter, Econometrics J. 7,
+    2004.
     """
     middle = t.shape[1] // 2
     halves = (t[:, :middle], t[:, middle:])
     generator = torch.Generator().manual_seed(seed)
     first = _bridge(log_density, halves[0], halves[1], generator)
     second = _bridge(log_density, halves[1], halves[0], generator)
-    error = math.hypot(first[1], second[1]) / 2
-    return (first[0] + second[0]) / 2, error
+    error = math.hypot(first.error, second.error) / 2
+    return LogEvidence((first.value + second.value) / 2, error)
 
 
 def _bridge(
     log_density: Callable[[Tensor], Tensor], fit: Tensor, t: Tensor, generator: torch.Generator
-) -> tuple[float, float]:
+) -> LogEvidence:
+    """The estimate from draws `t` (chain, draw, dim), with a proposal fitted to other draws."""
     dim = t.shape[-1]
     flat = fit.reshape(-1, dim)
     center = flat.mean(0)
@@ -245,4 +273,4 @@ def _bridge(
             break
     variance = top.var() / top.mean() ** 2 / len(top)
     variance += bottom.var() / bottom.mean() ** 2 / len(bottom) / (share / (1 - share))
-    return log_z, float(variance.sqrt())
+    return LogEvidence(log_z, float(variance.sqrt()))

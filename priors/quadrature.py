@@ -24,7 +24,7 @@ JITTER = 1e-10  # relative to the outputscale, on the diagonal of K, as in the p
 
 
 class Lattice(NamedTuple):
-    """Nodes whose weights sum to the integral: int exp(log density) g = sum_i exp(log_weight_i) g_i."""
+    """Nodes and weights of int exp(log_density(t)) g(t) dt = sum_i exp(log_weight_i) g(t_i)."""
 
     points: Tensor  # (node, dim)
     log_weights: Tensor  # (node,)
@@ -92,7 +92,7 @@ def _grow(
     seeds: Tensor,
     threshold: float,
 ) -> tuple[Tensor, Tensor]:
-    """Lattice indices (node, dim) connected to `seeds` and within `threshold` nats of the maximum."""
+    """Lattice indices (node, dim), reached from `seeds`, within `threshold` nats of the maximum."""
     dim = seeds.shape[1]
     reach = 2 ** (60 // dim)  # indices within +-reach / 2 are packed in one integer
     radix = reach ** torch.arange(dim)

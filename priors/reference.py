@@ -1,8 +1,8 @@
 """Reference posteriors of Gaussian processes: hyperpriors and kernel integrated out.
 
-Inference turns one task into weighted nodes of the hyperparameters, by quadrature or NUTS, and every
-answer is a sum over nodes. `GaussianProcess.posterior` is the front door; read `quadrature.py` and
-`nuts.py` for the two ways, `nuts_posterior` for the diagnostics of the second.
+Inference turns one task into weighted nodes of the hyperparameters, by quadrature or NUTS, and
+every answer is a sum over nodes. `GaussianProcess.posterior` is the front door; read
+`quadrature.py` and `nuts.py` for the two ways, `nuts_posterior` for diagnostics of the second.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 QUADRATURE_LIMIT = 3  # hyperparameters; a lattice in four takes seconds
 MASS_LEFT_OUT = 1e-8  # of the posterior, in nodes too light to predict with
 JOINT_ENTRIES = 2**26  # in the covariance matrices of a joint posterior: its nodes are limited
-# Largest spacings in the unconstrained hyperparameters, however flat their posterior: the density of
-# a new observation varies on a scale of 1 in the logarithm of a variance, less in a lengthscale.
+# Largest spacings in the unconstrained hyperparameters, however flat their posterior: the density
+# of a new observation varies on a scale of 1 in the logarithm of a variance, less in a lengthscale.
 SPACING = {"lengthscale": 0.2, "outputscale": 0.7, "noise": 0.7, "mean": math.inf}
 CHUNK = 2**22  # matrix entries at once
 
@@ -282,7 +282,7 @@ def _infer(
     method: str | None,
     seeds: tuple[int, int],
     settings: Settings | None = None,
-    **lattice: float,
+    step: float = 0.65,
 ) -> list[_Nodes]:
     """Weighted nodes of one task, for each kernel that it may have."""
     if method not in (None, "quadrature", "nuts"):
@@ -296,7 +296,7 @@ def _infer(
     nodes = []
     for index, kernel in enumerate(kernels):
         if method == "quadrature" or hyper.dim == 0:
-            part = _by_quadrature(kernel, task, hyper, **lattice)
+            part = _by_quadrature(kernel, task, hyper, step)
         else:
             model = _Dense(replace(prior, kernel=kernel), task.x, task.y, hyper.mean_variance)
             part = _by_nuts(model, hyper, (*seeds, index), settings)
@@ -304,34 +304,37 @@ def _infer(
     return nodes
 
 
-def _by_quadrature(kernel: str, task: _Task, hyper: Hyperpriors, **lattice: float) -> _Nodes:
+def _by_quadrature(kernel: str, task: _Task, hyper: Hyperpriors, step: float) -> _Nodes:
     model = Spectral(kernel, task.x, task.y, hyper.mean_variance)
 
     def log_density(t: Tensor) -> Tensor:
         return hyper.log_density(t) + model.log_likelihood(hyper.values(t))
 
     limits = [SPACING[c.name] / c.scale.expand(c.shape).reshape(-1) for c in hyper.coordinates]
-    limits = torch.cat(limits) if limits else None
-    nodes = integrate(log_density, hyper.dim, limits=limits, **lattice)
+    nodes = integrate(log_density, hyper.dim, limits=torch.cat([torch.ones(0), *limits]), step=step)
     return _Nodes(hyper, model, hyper.values(nodes.points), nodes.log_weights)
 
 
 def _by_nuts(
     model: _Dense, hyper: Hyperpriors, seeds: tuple[int, ...], settings: Settings | None
 ) -> _Nodes:
-    from priors import nuts  # on demand: it imports JAX
+    try:
+        from priors import nuts  # on demand: it imports JAX
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{hyper.dim} hyperparameters need NUTS, from NumPyro: pip install 'pfn[reference]'."
+        ) from error
 
     def log_density(t: Tensor) -> Tensor:
         return hyper.log_density(t) + model.log_likelihood(hyper.values(t))
 
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-    settings = nuts.Settings() if settings is None else settings
-    kernel = model.prior.kernels[0]
+    kernel, settings = model.prior.kernels[0], settings or nuts.DEFAULT
     draws = nuts.sample_nuts(kernel, model.x, model.y, hyper, seed=seed, settings=settings)
-    log_evidence, error = nuts.bridge_log_evidence(log_density, draws.t, seed=seed)
+    evidence = nuts.bridge_log_evidence(log_density, draws.t, seed=seed)
     t = draws.t.flatten(0, 1)
-    log_weights = t.new_full((len(t),), log_evidence - math.log(len(t)))
-    return _Nodes(hyper, model, hyper.values(t), log_weights, draws, error)
+    log_weights = t.new_full((len(t),), evidence.value - math.log(len(t)))
+    return _Nodes(hyper, model, hyper.values(t), log_weights, draws, evidence.error)
 
 
 def _distribution(
@@ -450,7 +453,9 @@ def _given(
                 f"Expected given {name} of a shape that broadcasts to {shape}; "
                 f"got {tuple(value.shape)}."
             ) from None
-        if name == "kernel" and not all(k in range(len(prior.kernels)) for k in latents[name].tolist()):
+        if name == "kernel" and not all(
+            k in range(len(prior.kernels)) for k in latents[name].tolist()
+        ):
             raise ValueError(f"Expected a kernel index below {len(prior.kernels)}; got {value}.")
         if name in ("lengthscale", "outputscale", "noise") and not (value > 0).all():
             raise ValueError(f"Expected a positive {name}; got {value.tolist()}.")
