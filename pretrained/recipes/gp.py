@@ -1,8 +1,8 @@
 """gp: functions of 1 to 12 features, each feature with its own relevance; the default model.
 
 Three kernels from rough to smooth, lengthscales that grow with the square root of the number of
-features so that many features stay learnable, and a long tail of lengthscales that switches features
-off. Noise from almost none to half of the variance, as real tables have it.
+features so that many features stay learnable, and a long tail of lengthscales that switches
+features off. Noise from almost none to half of the variance, as real tables have it.
 """
 
 import math
