@@ -26,6 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pfn.recipe import processor
+
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "numpy", "gpytorch", "botorch", "numpyro", "jax", "pfns")
 
@@ -101,7 +103,7 @@ def hardware() -> str:
     """Such as "2 CPU cores (AMD EPYC), 1 thread", with the name of the GPU where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
-    words = f"{cores} CPU cores ({_processor()}), {threads} thread{'s' * (threads > 1)}"
+    words = f"{cores} CPU cores ({processor()}), {threads} thread{'s' * (threads > 1)}"
     return f"{torch.cuda.get_device_name()}, {words}" if torch.cuda.is_available() else words
 
 
@@ -115,13 +117,6 @@ def readable(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
     return "" if value is None else str(value)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

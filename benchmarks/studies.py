@@ -251,9 +251,8 @@ def make_network(variant: Variant, config: PretrainConfig) -> Network:
 def losses(network: Network, lesson: Lesson) -> tuple[Tensor, Tensor]:
     """Negative log densities of y and of f, in nats, averaged over each task's queries (b,)."""
     trunk, head = network
-    encoded = trunk.encode(lesson.x, lesson.y, lesson.known)
-    final = trunk.decode(encoded, lesson.x_query)
-    log_scale = encoded.scaling.scale.log()
+    final, scaling = trunk.answer(lesson.x, lesson.y, lesson.known, lesson.x_query)
+    log_scale = scaling.scale.log()
     of_y = head.log_prob(trunk.head_y(final), _normalise(trunk, lesson))
     of_f = head.log_prob(trunk.head_f(final), _normalise(trunk, lesson, lesson.f_draws))
     return log_scale - of_y.mean((0, 2)), log_scale - of_f.mean((0, 2))
@@ -309,9 +308,11 @@ def reference(name: str, path: Path, batch: int) -> float | None:
 
         def exact(n: int = n) -> float:
             lesson = held_out(prior, settings, n, batch)
-            context = lesson.x.double(), lesson.y.double()
-            posterior = prior.posterior(context, lesson.x_query.double())
-            return -float(posterior.log_prob(lesson.y_draws.double()).mean())
+            parts = (lesson.x, lesson.y, lesson.x_query, lesson.y_draws.transpose(0, 1))
+            log_density = []
+            for x, y, x_query, draws in zip(*(part.double() for part in parts), strict=True):
+                log_density.append(prior.posterior((x, y), x_query).log_prob(draws).mean())
+            return -float(torch.stack(log_density).mean())
 
         by_n.append(remember(path, f"exact posterior, {name}, n = {n}, {batch} tasks", exact))
     return mean(by_n)
@@ -340,7 +341,7 @@ def _normalise(trunk: Transformer, lesson: Lesson, draws: Tensor | None = None) 
     return (draws - scaling.center.unsqueeze(-1)) / scaling.scale.unsqueeze(-1)
 
 
-def run(variant: Variant, cpu_seconds: float, path: Path, batch: int = 256) -> dict[str, Any]:
+def run(variant: Variant, cpu_seconds: float, path: Path, batch: int = 128) -> dict[str, Any]:
     """One run's figures, from memory where it was made before."""
 
     def figures() -> dict[str, Any]:
@@ -363,7 +364,7 @@ def remember(path: Path, key: str, compute: Callable[[], Any]) -> Any:
     return memory[key]
 
 
-def table(study: str, cpu_seconds: float, path: Path, batch: int = 256) -> list[dict[str, Any]]:
+def table(study: str, cpu_seconds: float, path: Path, batch: int = 128) -> list[dict[str, Any]]:
     """One row per variant; `gap` is to the exact posterior, `spread` half the range over seeds."""
     rows, seeds = [], SEEDS.get(study, 1)
     for label, variant in STUDIES[study].items():

@@ -63,14 +63,15 @@ def save_checkpoint(folder: Path, model: Transformer, card: ModelCard) -> ModelC
     weights = {name: value.half().cpu().contiguous() for name, value in model.state_dict().items()}
     blob = safetensors.torch.save(weights)
     card = dataclasses.replace(card, weights_sha256=hashlib.sha256(blob).hexdigest(), format=FORMAT)
-    _write(folder / "model.safetensors", blob)
+    write_atomically(folder / "model.safetensors", blob)
     return write_card(folder, card)
 
 
 def write_card(folder: Path, card: ModelCard) -> ModelCard:
     """Writes `card.json`, atomically; returns the card with its own digest."""
     card = dataclasses.replace(card, card_sha256=_digest(card))
-    _write(folder / "card.json", (json.dumps(asdict(card), indent=1) + "\n").encode())
+    content = json.dumps(asdict(card), indent=1) + "\n"
+    write_atomically(folder / "card.json", content.encode())
     return card
 
 
@@ -165,7 +166,8 @@ def _build(kind: type, content: Mapping[str, Any]) -> Any:
     return kind(**content)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that a kill at any moment leaves whole, the old one or the new one."""
     temporary = path.with_name(path.name + ".partial")
     temporary.write_bytes(content)
     os.replace(temporary, path)

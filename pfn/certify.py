@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pfn import __version__
-from pfn.card import write_card
+from pfn.card import write_atomically, write_card
 from pfn.diagnostics import interval_coverage, ks_test
 from pfn.library import find, load
 from pfn.model import PFN
@@ -39,8 +38,8 @@ from priors import Prior, ReferencePrior, to_config
 
 Cell = tuple[int, int]  # context points n and features d
 
-SIZES = {1: (5, 20, 60, 200)}  # context sizes by the largest number of features; else:
-SIZES_OF_MANY = (5, 20, 60)
+SIZES = (5, 20, 60)  # context points
+SIZES_OF_ONE = (*SIZES, 200)  # where a network has one feature
 FEATURES = (1, 2, 5, 12)
 GROUP = 8  # coverage tasks that share a shape, hence a pass through the network
 CHUNK = 32  # tasks per pass: bounds memory
@@ -171,8 +170,9 @@ def certify(
 
 def default_cells(max_features: int, max_context: int) -> list[Cell]:
     """The cells (n, d) of a certificate: what the network was trained for of a standard grid."""
-    sizes = [n for n in SIZES.get(max_features, SIZES_OF_MANY) if n <= max_context]
-    return [(n, d) for d in FEATURES if d <= max_features for n in sizes or [max_context]]
+    grid = SIZES_OF_ONE if max_features == 1 else SIZES
+    sizes = [n for n in grid if n <= max_context] or [max_context]
+    return [(n, d) for d in FEATURES if d <= max_features for n in sizes]
 
 
 def compute_references(
@@ -491,11 +491,8 @@ def _load_reference(path: Path | None, y_query: Tensor) -> Reference:
 
 def _save_reference(path: Path, cell: Reference) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(
-        safetensors.torch.save({k: v.contiguous() for k, v in cell._asdict().items()})
-    )
-    os.replace(temporary, path)
+    tensors = {name: value.contiguous() for name, value in cell._asdict().items()}
+    write_atomically(path, safetensors.torch.save(tensors))
 
 
 def _summary(difference: Tensor) -> dict[str, float]:

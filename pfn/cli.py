@@ -45,7 +45,7 @@ def main() -> None:
         warnings.showwarning = lambda message, *_: _say(f"Warning: {message}")
         try:
             app()
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError, FloatingPointError) as error:
             _say(f"Error: {' '.join(str(error).split())}")
             sys.exit(2)
 
@@ -234,12 +234,11 @@ def certify(
 
 def _plot(path: Path, fitted: Fitted, x_query: Array, latent: bool, names: list[str]) -> None:
     """Saves the curve over one feature; for more, each row's interval, ordered by its mean."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'pfn[plot]'.") from error
     import numpy as np
 
+    from pfn.plot import import_pyplot
+
+    plt = import_pyplot()
     plt.switch_backend("Agg")
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     x, y = fitted.context.x[0].numpy(), fitted.context.y[0].numpy()

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +23,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 
 import pfn
-from pfn.plot import BANDS, BLUE, GREY, INK
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pfn.plot import BANDS, BLUE, GREY, INK, quiet
 
 Array = NDArray[np.float64]
 
@@ -202,7 +199,7 @@ def draw_calibration(scores: dict[tuple[str, str], list[Score]], path: Path) -> 
     right.set(title="Diabetes")
     right.legend(frameon=False, labelcolor=INK, fontsize="small")
     for ax in (left, right):
-        _tidy(ax)
+        quiet(ax)
     left.legend(frameon=False, labelcolor=INK, loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -247,9 +244,3 @@ def _elevation() -> Array:
     path = cbook.get_sample_data("jacksboro_fault_dem.npz", asfileobj=False)
     with np.load(path) as data:
         return np.asarray(data["elevation"], dtype=np.float64)
-
-
-def _tidy(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(GREY)
-    ax.tick_params(color=GREY, labelcolor=INK)

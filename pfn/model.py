@@ -88,6 +88,9 @@ class PFN:
 
         Returns:
             A `Predictive` with batch_shape (m,), or (b, m) for batched tasks.
+
+        Raises:
+            ValueError: as `condition`, or if the query does not fit the context.
         """
         ready = self._prepare(context, standardize, bounds, given, extrapolate_n)
         x, dtype = check_query(x_query, ready.context)

@@ -19,7 +19,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from pfn.mixture import mixture_log_prob
-from pfn.pretrain import PretrainConfig, Progress, Sizes, plan
+from pfn.pretrain import PretrainConfig, Progress, Sizes, choose_device, plan
 from pfn.transformer import Transformer, TransformerConfig
 from priors import Prior, ReferencePrior
 
@@ -44,11 +44,8 @@ class Monitor:
         self.recent: deque[tuple[Progress, float]] = deque(maxlen=WINDOW)
         self.held_out = held_out(prior, config)
         self.gap: float | None = None
-        self.peak = int(os.environ.get("WORLD_SIZE", "1")) * matrix_product_peak(
-            network,
-            config,
-            torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        )
+        peak = matrix_product_peak(network, config, choose_device(device))
+        self.peak = int(os.environ.get("WORLD_SIZE", "1")) * peak
         self.bar = Bar(
             TextColumn(f"[bold]{name}"),
             BarColumn(bar_width=20),

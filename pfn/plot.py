@@ -1,8 +1,8 @@
-"""Pictures of a predictive for one feature. Imported only when someone plots."""
+"""Pictures of a predictive for one feature. Matplotlib is imported only when someone plots."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,11 +25,7 @@ def plot_predictive(
     ax: Axes | None = None,
 ) -> Axes:
     """The Axes with mean, 50 % and 90 % intervals and context: see `Predictive.plot`."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'pfn[plot]'.") from error
-
+    plt = import_pyplot()
     x = _column(x_query, "x_query")
     if tuple(posterior.batch_shape) != x.shape:
         raise ValueError(
@@ -57,11 +53,29 @@ def plot_predictive(
     ax.set_xlabel("x", color=INK)
     ax.set_ylabel("y", color=INK)
     ax.margins(x=0.01)
+    quiet(ax)
+    ax.legend(frameon=False, fontsize="small", labelcolor=INK, reverse=True)
+    return ax
+
+
+def import_pyplot() -> Any:
+    """The module matplotlib.pyplot.
+
+    Raises:
+        ImportError: naming the extra that brings it.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'pfn[plot]'.") from error
+    return plt
+
+
+def quiet(ax: Axes) -> None:
+    """Leaves two spines, in grey, so that the data stand out."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GREY)
     ax.tick_params(color=GREY, labelcolor=INK)
-    ax.legend(frameon=False, fontsize="small", labelcolor=INK, reverse=True)
-    return ax
 
 
 def _array(values: ArrayLike | Tensor) -> NDArray[np.float64]:

@@ -42,14 +42,28 @@ class PretrainConfig:
     Args:
         max_features: tasks have 1 .. max_features features, uniformly.
         max_context: contexts have 0 .. max_context points, about log-uniformly.
+        width, layers, heads, expansion, fourier_octaves, components: of the `TransformerConfig`.
+        seconds: wall-clock budget, over all parts of a run that was stopped and continued.
+        tasks: budget in prior tasks; only with this one does a continued run repeat exactly.
         queries: query points per task.
         tokens: context and query points per step, over all micro-batches.
         micro_batches: parts of a step, each with its own sizes; shared among processes.
         buffer_share: share of micro-batches that split the context into context and buffer.
+        max_buffer: points in such a buffer, at most.
         known_share: share of tasks that reveal some latents to the network.
         latent_share: share of micro-batches that train the marginal heads of the latents.
         lr: peak learning rate; linear warm-up over `warmup` of the budget, then cosine to zero.
+        weight_decay: decoupled, of matrices only.
+        muon: Muon for the matrices inside the blocks; otherwise AdamW for everything.
+        clip: largest norm of the gradient.
+        ema: decay per step of the averaged weights, in [0, 1); shorter at first.
         bf16: matrix products in bfloat16 (master weights stay float32).
+        compile: by torch.compile, where the device gains.
+        seed: of the initial weights and of all draws.
+        save_every: seconds between saved states.
+
+    Raises:
+        ValueError: without a budget, with two, or with one that is not positive.
     """
 
     max_features: int = 1
@@ -86,6 +100,10 @@ class PretrainConfig:
                 f"Expected a budget in seconds or in tasks, one of them; got seconds={self.seconds}"
                 f" and tasks={self.tasks}."
             )
+        if not (self.seconds or self.tasks or 0) > 0:
+            raise ValueError(
+                f"Expected a positive budget; got seconds={self.seconds} and tasks={self.tasks}."
+            )
 
 
 class Progress(NamedTuple):
@@ -96,9 +114,9 @@ class Progress(NamedTuple):
     fraction: float  # of the budget, in [0, 1]
     loss: float  # nats per query, expected negative log density of y
     excess: float  # loss minus the entropy given all latents, an upper bound of the gap
-    seconds: float
-    tokens_per_second: float
-    sampling_share: float
+    seconds: float  # wall clock since the run began, pauses left out
+    tokens_per_second: float  # of this step
+    sampling_share: float  # of this step's seconds, in [0, 1], spent on draws from the prior
 
 
 class Sizes(NamedTuple):
@@ -133,7 +151,7 @@ def pretrain(
         ValueError: if the saved state belongs to another recipe or prior.
         FloatingPointError: if the gradient is not finite for 20 steps in a row.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     rank, world = _join_processes(device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -210,6 +228,11 @@ def pretrain(
     if rank == 0:
         _save_state(path, config, model, average, optimizer, step, tasks, spent)
     return _with_weights(model, average)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The given device; by default the GPU, where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class Lesson(NamedTuple):
@@ -518,10 +541,10 @@ def _load_state(
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for part, expected in _identity(config, model.config).items():
-        if metadata.get(part, expected) != expected:
+        if metadata.get(part) != expected:
             raise ValueError(
                 f"Expected the state of this recipe and prior in {path}, with {part} {expected};"
-                f" got {metadata[part]}. Choose another output folder or remove the file."
+                f" got {metadata.get(part)}. Choose another output folder or remove the file."
             )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

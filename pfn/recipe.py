@@ -186,12 +186,16 @@ def _hardware(device: torch.device) -> str:
     """Such as "2 threads of AMD EPYC 7763"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of {processor()}"
+
+
+def processor() -> str:
+    """The CPU's name, such as "AMD EPYC 7763"; its architecture where no name is known."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{threads} thread{'s' * (threads > 1)} of {name}"
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _execute(source: str) -> tuple[Path, str, dict[str, Any]]:

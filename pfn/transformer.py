@@ -1,7 +1,7 @@
 """The network: a pre-norm transformer with one token per data point.
 
 Context tokens attend to the context, query tokens to the context only, so no query's answer depends
-on another query. `condition` runs the context once and keeps each layer's keys and values; a query
+on another query. `encode` runs the context once and keeps each layer's keys and values; a query
 then costs one attention over them. Points added later live in a buffer: they attend to the frozen
 context and causally to each other, and a query may see any prefix of them.
 
@@ -74,7 +74,7 @@ class TransformerConfig:
 
 
 class Mixture(NamedTuple):
-    """Unconstrained-to-natural parameters of normal mixtures, each (..., components)."""
+    """Parameters of normal mixtures, each (..., components), the weights normalised."""
 
     log_weights: Tensor
     means: Tensor

@@ -1,10 +1,15 @@
-"""Draws that a `torch.Generator` controls: `torch.distributions` alone would use the global state."""
+"""Draws that a `torch.Generator` controls; `torch.distributions` alone uses the global state."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+
+
+def draw_normal(*shape: int, generator: torch.Generator) -> Tensor:
+    """Independent standard normals of `shape`, in float64 on the generator's device."""
+    return torch.randn(*shape, dtype=torch.float64, device=generator.device, generator=generator)
 
 
 def draw(

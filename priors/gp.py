@@ -1,8 +1,8 @@
 """Gaussian processes whose hyperparameters are drawn per task: the prior to start reading with.
 
-A batch of tasks, each with its own kernel, lengthscales, outputscale, noise and mean, is one batched
-Cholesky factorisation in float64 on the generator's device. The posterior with the hyperparameters
-integrated out is in `quadrature.py` (up to three of them) and `nuts.py` (more).
+A batch of tasks, each with its own kernel, lengthscales, outputscale, noise and mean, is one
+batched Cholesky factorisation in float64 on the generator's device. The posterior with the
+hyperparameters integrated out is in `quadrature.py` (up to three of them) and `nuts.py` (more).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, LogNormal
 
-from priors.draws import draw
+from priors.draws import draw, draw_normal
 from priors.inputs import DESIGNS, draw_inputs
 from priors.kernels import KERNELS
 from priors.tasks import ConditionalTasks, Tasks
@@ -85,7 +85,7 @@ class GaussianProcess:
 
     @property
     def latent_units(self) -> dict[str, str]:
-        """How each latent scales: with "x", "y", "y^2", or not at all (""), for unit conversions."""
+        """How each latent scales with the data: as "x", "y" or "y^2", or not at all ("")."""
         return {"lengthscale": "x", "outputscale": "y^2", "noise": "y^2", "mean": "y", "kernel": ""}
 
     @property
@@ -101,16 +101,16 @@ class GaussianProcess:
         return hyperpriors(self, d, {}).dim <= QUADRATURE_LIMIT
 
     def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
-        """Draws `batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
+        """`batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
         theta = self._draw_hyperparameters(batch, d, generator=generator)
         x = draw_inputs(self.designs, batch, n, d, generator=generator)
-        z = _randn(batch, n, 1, generator)
+        z = draw_normal(batch, n, 1, generator=generator)
         drawn = [
             cholesky(self.covariance(inputs, inputs, some), JITTER * some["outputscale"]) @ normal
             for some, inputs, normal in _pieces(theta, x, z)
         ]
         f = theta["mean"].unsqueeze(-1) + torch.cat(drawn).squeeze(-1)
-        y = f + theta["noise"].sqrt().unsqueeze(-1) * _randn(batch, n, 1, generator).squeeze(-1)
+        y = f + theta["noise"].sqrt().unsqueeze(-1) * draw_normal(batch, n, generator=generator)
         return Tasks(x, y, f, self._report(theta))
 
     def sample_conditional(
@@ -129,7 +129,7 @@ class GaussianProcess:
         theta = self._draw_hyperparameters(batch, d, generator=generator)
         x_all = draw_inputs(self.designs, batch, n + m, d, generator=generator)
         x, x_query = x_all[:, :n], x_all[:, n:]
-        z = _randn(batch, n, 1, generator)
+        z = draw_normal(batch, n, 1, generator=generator)
         factor = cholesky(
             self.covariance(x, x, theta), theta["noise"] + JITTER * theta["outputscale"]
         )
@@ -361,9 +361,3 @@ def _pieces(theta: dict[str, Tensor], x: Tensor, z: Tensor) -> Iterator[tuple[An
     for start in range(0, max(1, batch), size):
         some = slice(start, start + size)
         yield {name: value[some] for name, value in theta.items()}, x[some], z[some]
-
-
-def _randn(batch: int, n: int, m: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(
-        batch, n, m, dtype=torch.float64, device=generator.device, generator=generator
-    )

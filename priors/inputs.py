@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from priors.draws import draw_normal
+
 Design = Callable[..., Tensor]
 
 
@@ -23,7 +25,7 @@ def uniform(batch: int, n: int, d: int, *, generator: torch.Generator) -> Tensor
 
 def normal(batch: int, n: int, d: int, *, generator: torch.Generator) -> Tensor:
     """Independent normal inputs with mean 1/2 and standard deviation 1/5: 1.2 % lie off the box."""
-    return 0.5 + 0.2 * _randn(batch, n, d, generator=generator)
+    return 0.5 + 0.2 * draw_normal(batch, n, d, generator=generator)
 
 
 def clustered(batch: int, n: int, d: int, *, generator: torch.Generator) -> Tensor:
@@ -34,11 +36,11 @@ def clustered(batch: int, n: int, d: int, *, generator: torch.Generator) -> Tens
     centers = uniform(batch, 8, d, generator=generator)
     width = 0.02 * 10 ** uniform(batch, 1, 1, generator=generator)
     centers = centers.gather(1, cluster.unsqueeze(-1).expand(-1, -1, d))  # (task, point, dim)
-    return centers + width * _randn(batch, n, d, generator=generator)
+    return centers + width * draw_normal(batch, n, d, generator=generator)
 
 
 def grid(batch: int, n: int, d: int, *, generator: torch.Generator) -> Tensor:
-    """An even grid in each feature, shuffled on its own per task and feature (a Latin hypercube)."""
+    """An even grid in each feature, shuffled per task and feature (a Latin hypercube)."""
     order = uniform(batch, n, d, generator=generator).argsort(1)
     return (order.to(torch.float64) + 0.5) / n
 
@@ -60,7 +62,3 @@ def draw_inputs(
     choice = torch.randint(len(designs), (batch,), device=generator.device, generator=generator)
     drawn = torch.stack([DESIGNS[name](batch, n, d, generator=generator) for name in designs])
     return drawn[choice, torch.arange(batch, device=generator.device)]
-
-
-def _randn(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, device=generator.device, generator=generator)

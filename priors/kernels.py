@@ -1,8 +1,8 @@
 """Covariance functions of Gaussian processes, as pure functions with unit variance.
 
-Every kernel maps x (..., n, d), z (..., m, d) and lengthscale (..., 1 or d) to a matrix (..., n, m);
-leading axes broadcast, so that each task of a batch has its own lengthscales. Scaled distances are
-formed in the dtype of the inputs; use float64 where the matrix is to be factorised.
+Every kernel maps x (..., n, d), z (..., m, d) and lengthscale (..., 1 or d) to a matrix
+(..., n, m); leading axes broadcast, so that each task of a batch has its own lengthscales. Scaled
+distances are formed in the dtype of the inputs; use float64 where the matrix is to be factorised.
 """
 
 from __future__ import annotations

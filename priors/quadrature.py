@@ -28,6 +28,7 @@ class Lattice(NamedTuple):
 
     points: Tensor  # (node, dim)
     log_weights: Tensor  # (node,)
+    spacing: Tensor  # (dim,) between nodes along each axis
     gap: float  # nats between the integrals over half the lattice, about the root of the error
 
 
@@ -59,7 +60,7 @@ def integrate(
     """
     if dim == 0:
         point = torch.zeros(1, 0, dtype=torch.float64)
-        return Lattice(point, log_density(point), 0.0)
+        return Lattice(point, log_density(point), torch.zeros(0), 0.0)
     origin = torch.zeros(dim, dtype=torch.float64)
     basis = 0.4 * torch.eye(dim, dtype=torch.float64)
     seeds = torch.cartesian_prod(*[torch.arange(-10, 11)] * dim).reshape(-1, dim)
@@ -81,8 +82,8 @@ def integrate(
         seeds = torch.linalg.solve_triangular(basis, centred.T, upper=False).T.round().long()
     else:
         warnings.warn(f"The quadrature stopped with a gap of {gaps.max():.2g} nats.", stacklevel=2)
-    log_volume = basis.diagonal().log().sum()
-    return Lattice(points, value + log_volume, float(gaps.max()))
+    spacing = basis.diagonal()
+    return Lattice(points, value + spacing.log().sum(), spacing, float(gaps.max()))
 
 
 def _grow(

@@ -40,10 +40,15 @@ CHUNK = 2**22  # matrix entries at once
 
 
 class Marginal(NamedTuple):
-    """The posterior of one latent, as weighted values."""
+    """The posterior of one latent: weighted values, each spread over a cell from `low` to `high`.
 
-    values: Tensor  # (node,), or (node, dim) with one per feature
+    All but the weights are (node,), or (node, dim) with one latent per feature.
+    """
+
+    values: Tensor
     weights: Tensor  # (node,), sums to 1
+    low: Tensor
+    high: Tensor
 
     @property
     def mean(self) -> Tensor:
@@ -53,24 +58,22 @@ class Marginal(NamedTuple):
     def variance(self) -> Tensor:
         return torch.tensordot(self.weights, (self.values - self.mean).square(), 1)
 
-    def quantile(self, level: float) -> Tensor:
-        """The value below which the latent lies with probability `level`; () or (dim,)."""
-        columns = self.values.reshape(len(self.values), -1).T.numpy()
-        found = [np.interp(level, *reversed(self._cdf(column))) for column in columns]
-        return torch.tensor(found, dtype=self.values.dtype).reshape(self.values.shape[1:])
-
     def cdf(self, value: float | Tensor) -> Tensor:
         """The probability that the latent lies below `value`; () or (dim,)."""
-        columns = self.values.reshape(len(self.values), -1).T.numpy()
-        at = torch.as_tensor(value).expand(self.values.shape[1:]).reshape(-1).numpy()
-        found = [np.interp(v, *self._cdf(column)) for v, column in zip(at, columns, strict=True)]
-        return torch.tensor(found, dtype=self.values.dtype).reshape(self.values.shape[1:])
+        at, low, high = torch.as_tensor(value, dtype=torch.float64), self.low, self.high
+        if (low > 0).all():  # then the cells are those of the logarithm
+            at, low, high = at.clamp_min(1e-300).log(), low.log(), high.log()
+        inside = ((at - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
+        return torch.tensordot(self.weights, inside, 1)
 
-    def _cdf(self, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct values, and the probability below each plus half of its own."""
-        distinct, place = np.unique(column, return_inverse=True)
-        weight = np.bincount(place, self.weights.numpy())
-        return distinct, weight.cumsum() - weight / 2
+    def quantile(self, level: float) -> Tensor:
+        """The value below which the latent lies with probability `level`; () or (dim,)."""
+        below, above = self.low.amin(0), self.high.amax(0)
+        for _ in range(80):  # bisection to the last bit
+            middle = (below + above) / 2
+            is_below = self.cdf(middle) < level
+            below, above = middle.where(is_below, below), above.where(is_below, middle)
+        return (below + above) / 2
 
 
 class Diagnostics(NamedTuple):
@@ -173,8 +176,9 @@ class _Nodes(NamedTuple):
 
     hyper: Hyperpriors
     model: Spectral | _Dense
-    theta: dict[str, Tensor]
+    t: Tensor  # (node, dim) in the coordinates of `hyper`
     log_weights: Tensor  # (node,); their exponentials sum to p(y, kernel | x)
+    spacing: Tensor  # (dim,) of a lattice; 0 for draws
     draws: Draws | None = None
     log_evidence_error: float = 0.0
 
@@ -257,21 +261,24 @@ def latent_posterior(
     nodes = _infer(prior, tasks[0], method, (seed, 0), step=0.4)  # fine enough to interpolate
     weights = torch.cat([part.log_weights for part in nodes]).softmax(0)
     hyper = nodes[0].hyper
-    marginals = {
-        c.name: Marginal(torch.cat([part.theta[c.name] for part in nodes]), weights)
-        for c in hyper.coordinates
-    }
+    values, low, high = (
+        [hyper.values(part.t + side * part.spacing / 2) for part in nodes] for side in (0, -1, 1)
+    )
+    marginals = {}
+    for name in (c.name for c in hyper.coordinates):
+        columns = (torch.cat([theta[name] for theta in side]) for side in (values, low, high))
+        at, *edges = columns
+        marginals[name] = Marginal(at, weights, *edges)
     if hyper.mean_variance:  # normal at every node: as many equally likely values, of its variance
-        moments = [part.model.mean(part.theta) for part in nodes]
+        moments = [part.model.mean(hyper.values(part.t)) for part in nodes]
         mean, variance = (torch.cat(column).unsqueeze(-1) for column in zip(*moments, strict=True))
         normal = torch.special.ndtri((torch.arange(64, dtype=torch.float64) + 0.5) / 64)
-        values = mean + variance.sqrt() * normal / normal.square().mean().sqrt()
-        repeated = (weights / len(normal)).repeat_interleave(len(normal))
-        marginals["mean"] = Marginal(values.flatten(), repeated)
+        at = (mean + variance.sqrt() * normal / normal.square().mean().sqrt()).flatten()
+        marginals["mean"] = Marginal(at, (weights / 64).repeat_interleave(64), at, at)
     if len(nodes) > 1:
         sizes = torch.tensor([len(part.log_weights) for part in nodes])
         index = torch.arange(len(nodes), dtype=torch.float64).repeat_interleave(sizes)
-        marginals["kernel"] = Marginal(index, weights)
+        marginals["kernel"] = Marginal(index, weights, index, index)
     return marginals
 
 
@@ -312,7 +319,7 @@ def _by_quadrature(kernel: str, task: _Task, hyper: Hyperpriors, step: float) ->
 
     limits = [SPACING[c.name] / c.scale.expand(c.shape).reshape(-1) for c in hyper.coordinates]
     nodes = integrate(log_density, hyper.dim, limits=torch.cat([torch.ones(0), *limits]), step=step)
-    return _Nodes(hyper, model, hyper.values(nodes.points), nodes.log_weights)
+    return _Nodes(hyper, model, nodes.points, nodes.log_weights, nodes.spacing)
 
 
 def _by_nuts(
@@ -334,7 +341,7 @@ def _by_nuts(
     evidence = nuts.bridge_log_evidence(log_density, draws.t, seed=seed)
     t = draws.t.flatten(0, 1)
     log_weights = t.new_full((len(t),), evidence.value - math.log(len(t)))
-    return _Nodes(hyper, model, hyper.values(t), log_weights, draws, evidence.error)
+    return _Nodes(hyper, model, t, log_weights, torch.zeros(()), draws, evidence.error)
 
 
 def _distribution(
@@ -381,7 +388,7 @@ def _predict(
             keep = keep[-limit:] if joint else keep
         elif joint:
             keep = keep[:: math.ceil(len(keep) / limit)]
-        theta = {name: value[keep] for name, value in part.theta.items()}
+        theta = part.hyper.values(part.t[keep])
         mean, spread = part.model.predict(theta, task.x_query, joint=joint)
         noise = torch.zeros_like(theta["noise"]) if latent else theta["noise"]
         if joint:

@@ -53,7 +53,7 @@ class Prior(Protocol):
     """A distribution over tasks. `posterior` and `log_evidence` are optional extras."""
 
     def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
-        """Draws `batch` independent tasks of `n` points with `d` features, on the generator's device."""
+        """`batch` independent tasks of `n` points with `d` features, on the generator's device."""
         ...
 
 
@@ -64,7 +64,7 @@ class ConditionalPrior(Prior, Protocol):
     def sample_conditional(
         self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
     ) -> ConditionalTasks:
-        """Draws tasks of n observations and one query per entry of `visible` (m,), in 0 .. n."""
+        """Tasks of `n` observations, and one query per entry of `visible` (m,), in 0 .. n."""
         ...
 
 

@@ -89,6 +89,9 @@ class Oracle(PFN):
     def condition(self, context: Any, **options: Any) -> Any:
         return OracleFitted(self, context)
 
+    def predict(self, context: Any, x_query: Any, **options: Any) -> Predictive:
+        return OracleFitted(self, context).predict(x_query)
+
 
 class OracleFitted:
     def __init__(self, oracle: Oracle, context: tuple[Tensor, Tensor]) -> None:

@@ -151,6 +151,7 @@ def test_predict_draws_one_feature_and_many(
         ("a,y\n1,2\n", "a\n1\n", ["--features", "c"], "'c'"),
         ("y\n1\n", "y\n1\n", [], "feature"),
         ("a,y\n1,2\n", "a\n1\n", ["--model", "no-such-model"], "no-such-model"),
+        ("a,y\n1,2\n", "a\n1\n", ["--out", "no-such-folder/out.csv"], "no-such-folder"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(

@@ -284,8 +284,7 @@ def test_a_fitted_context_answers_as_one_pass() -> None:
     for latent in (False, True):
         whole = MODEL.predict((x, y), x_query, latent=latent)
         for _ in range(2):
-            again = fitted.predict(x_query, latent=latent)
-            assert all(map(torch.equal, parts(again), parts(whole)))
+            assert_same(fitted.predict(x_query, latent=latent), whole)
 
 
 def test_neither_other_queries_nor_the_order_of_the_context_matter() -> None:

@@ -259,6 +259,12 @@ def test_a_recipe_needs_one_budget(budget: dict[str, Any]) -> None:
         PretrainConfig(**budget)
 
 
+@pytest.mark.parametrize("budget", [{"tasks": 0}, {"seconds": 0.0}, {"seconds": -1.0}])
+def test_a_budget_is_positive(budget: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="positive budget; got seconds="):
+        PretrainConfig(**budget)
+
+
 # Bad draws
 
 

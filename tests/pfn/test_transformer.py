@@ -73,6 +73,16 @@ def test_no_query_depends_on_other_queries() -> None:
         assert close(network.decode(encoded, x_query[:, j : j + 1]), together[:, j : j + 1])
 
 
+def test_one_pass_answers_as_an_encoded_context() -> None:
+    network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
+    known = torch.full((2, CONFIG.latent_slots), torch.nan, dtype=torch.float64)
+    known[:, 3] = 0.7
+    final, scaling = network.answer(x, y, known, x_query, latents=True)
+    encoded = network.encode(x, y, known)
+    assert close(final, network.decode(encoded, x_query, latents=True))
+    assert torch.equal(torch.stack(scaling), torch.stack(encoded.scaling))
+
+
 def test_no_task_depends_on_the_others_of_its_batch() -> None:
     network, x, y, x_query = random_network(), draw(4, 7, 2), draw(4, 7), draw(4, 5, 2, seed=1)
     together = network.decode(network.encode(x, y), x_query)

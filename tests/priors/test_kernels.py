@@ -29,7 +29,11 @@ def test_stationary_kernels_match_gpytorch(name: str, smoothness: float | None) 
     with warnings.catch_warnings():  # its dependencies use deprecated parts of torch
         warnings.simplefilter("ignore", DeprecationWarning)
         from gpytorch.kernels import MaternKernel, RBFKernel
-    other = RBFKernel(ard_num_dims=3) if smoothness is None else MaternKernel(smoothness, ard_num_dims=3)
+    other = (
+        RBFKernel(ard_num_dims=3)
+        if smoothness is None
+        else MaternKernel(smoothness, ard_num_dims=3)
+    )
     other = other.double()
     other.lengthscale = LENGTHSCALE
     x, z = inputs(7, 0), inputs(5, 1)

@@ -85,7 +85,9 @@ def test_a_prior_draws_the_same_tasks_after_the_round_trip() -> None:
     )
     rebuilt = through_json(prior)
     assert to_config(rebuilt) == to_config(prior)
-    draws = [p.sample(3, 5, 2, generator=torch.Generator().manual_seed(0)) for p in (prior, rebuilt)]
+    draws = [
+        p.sample(3, 5, 2, generator=torch.Generator().manual_seed(0)) for p in (prior, rebuilt)
+    ]
     assert torch.equal(draws[0].y, draws[1].y)
     assert rebuilt.kernel == ("rbf", "linear")
 
