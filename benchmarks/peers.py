@@ -5,8 +5,8 @@ outputscale 1 and noise of standard deviation 0.1, inputs uniform on [0, 1]; con
 points. As the hyperparameters are fixed, the exact posterior has a closed form. Both networks train
 on one thread, each to the end of its learning-rate schedule, and answer the same 200 fresh tasks.
 
-    python -m venv /tmp/pfns && /tmp/pfns/bin/pip install torch==2.13.0 pfns==0.4.2
-    python benchmarks/peers.py --pfns-python /tmp/pfns/bin/python
+    python -m venv .venv-pfns && .venv-pfns/bin/pip install torch==2.13.0 pfns==0.4.2
+    python benchmarks/peers.py --pfns-python .venv-pfns/bin/python
 """
 
 from __future__ import annotations
