@@ -148,22 +148,27 @@ def score(predict: Callable[[Task], Answer], task: Task) -> Scores:
 def run(name: str, data: Path, model: str, path: Path) -> Runs:
     """All splits of one contender; those that `path` remembers are not repeated."""
     predict, depends_on = contender(name, model)
-    memory = json.loads(path.read_text()) if path.exists() else {}
-    if memory.get(name, {}).get("depends_on") != depends_on:
-        memory[name] = {"depends_on": depends_on, "runs": {}}
-    runs, splits = memory[name]["runs"], SPLITS[name]
+    remembered = recall(path).get(name, {})
+    runs: Runs = remembered["runs"] if remembered.get("depends_on") == depends_on else {}
+    splits = SPLITS[name]
     for n, table in product(splits, SETS):
         rows = torch.from_numpy(np.loadtxt(data / f"{table}.csv.gz", delimiter=",", skiprows=1))
         for split in range(splits[n]):
             key = f"{table}/{n}/{split}"
             if key not in runs:
                 runs[key] = score(predict, draw_task(rows, n, split))
+                memory = recall(path) | {name: {"depends_on": depends_on, "runs": runs}}
                 temporary = path.with_suffix(".partial")
                 temporary.write_text(json.dumps(memory, indent=1) + "\n")
                 os.replace(temporary, path)
     return {
         f"{t}/{n}/{s}": runs[f"{t}/{n}/{s}"] for t in SETS for n in splits for s in range(splits[n])
     }
+
+
+def recall(path: Path) -> dict[str, Any]:
+    """What is remembered of each contender: its runs, and what they depend on."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def contender(name: str, model: str) -> tuple[Callable[[Task], Answer], Any]:
@@ -173,8 +178,10 @@ def contender(name: str, model: str) -> tuple[Callable[[Task], Answer], Any]:
     network = pfn.load(model)
     if name == "PFN":
         return lambda task: by_pfn(task, network), network.card.weights_sha256
+    assert network.card.prior is not None
+    prior = {k: v for k, v in network.card.prior.items() if k != "inputs"}  # no say given x
     settings = {str(n): list(sizes) for n, sizes in NUTS.items()}
-    return lambda task: by_nuts(task, network), {"prior": network.card.prior, "nuts": settings}
+    return lambda task: by_nuts(task, network), {"prior": prior, "nuts": settings}
 
 
 def summarise(results: dict[str, Runs]) -> list[dict[str, Any]]:
