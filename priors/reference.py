@@ -36,7 +36,7 @@ JOINT_ENTRIES = 2**26  # in the covariance matrices of a joint posterior: its no
 # Largest spacings in the unconstrained hyperparameters, however flat their posterior: the density
 # of a new observation varies on a scale of 1 in the logarithm of a variance, less in a lengthscale.
 SPACING = {"lengthscale": 0.2, "outputscale": 0.7, "noise": 0.7, "mean": math.inf}
-CHUNK = 2**22  # matrix entries at once
+CHUNK = 2**18  # matrix entries at once: what a cache holds
 
 
 class Marginal(NamedTuple):
