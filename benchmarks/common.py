@@ -42,7 +42,7 @@ class Timing(NamedTuple):
 
 
 def measure(
-    contenders: Mapping[str, Callable[[], object]], repeats: int, *, at_least: float = 0.05
+    contenders: Mapping[str, Callable[[], object]], repeats: int, *, at_least: float = 0.2
 ) -> dict[str, Timing]:
     """Medians over `repeats` rounds, in each of which every contender has its turn.
 

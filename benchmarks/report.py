@@ -17,6 +17,7 @@ HEADINGS = {
     "speed-sampling": "Prior sampling",
     "speed-training": "A training step against the machine's matrix products",
     "peers": "Training against the `pfns` package",
+    "compute-gp": "The gap of `gp` against its training",
     "uci": "Small real tables",
     "studies": "Design choices at equal compute",
 }

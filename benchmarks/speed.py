@@ -202,7 +202,9 @@ def training(repeats: int) -> Rows:
     rows = []
     prior = GaussianProcess(ard=True, scale_with_dimension=True)
     for bf16 in (False, True):
-        config = PretrainConfig(max_features=12, width=256, heads=8, bf16=bf16, tasks=1)
+        config = PretrainConfig(
+            max_features=12, width=256, heads=8, layers=6, expansion=4, bf16=bf16, tasks=1
+        )
         sizes = [
             [plan(config, step, part) for part in range(config.micro_batches)]
             for step in range(repeats + 1)
@@ -237,9 +239,15 @@ class StepClock:
     def __init__(self, config: PretrainConfig) -> None:
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         tokens, w = config.tokens // config.micro_batches, config.width
+        hidden = config.expansion * w
         self.steps: list[tuple[float, float]] = []
         self.rates: dict[tuple[int, int, int], list[float]] = {}
-        self.shapes = [(tokens, w, 4 * w), (tokens, 4 * w, w), (w, tokens, 4 * w), (tokens, w, w)]
+        self.shapes = [
+            (tokens, w, hidden),
+            (tokens, hidden, w),
+            (w, tokens, hidden),
+            (tokens, w, w),
+        ]
         self.operands = [
             (torch.randn(a, b, dtype=dtype), torch.randn(b, c, dtype=dtype))
             for a, b, c in self.shapes

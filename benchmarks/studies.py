@@ -1,8 +1,8 @@
-"""Design choices at equal compute: the head, the optimizer, the loss, the features, the batch.
+"""Design choices at equal compute: the head, the optimizer, the experts, the loss, the features.
 
     python benchmarks/studies.py [--only head] [--cpu-seconds 60]
 
-Each run trains a small network (width 64, 8 layers) for the same CPU time on one core, sampling
+Each run trains a small network (width 64, 3 layers) for the same CPU time on one core, sampling
 included, and is judged at the end of its schedule on tasks that it never saw: by the loss of y in
 nats per query and, for the Gaussian-process prior, its gap to the exact posterior. Runs are kept in
 results/studies-runs.json, so that a stopped study continues.
@@ -43,12 +43,15 @@ class Variant:
     """One run's settings. `single_draws` hides the distributions of queries that a prior knows."""
 
     prior: str = "gp-1d"
-    head: str = "10 normals"
+    head: str = "normals"
+    components: int = 6
+    refinements: int = 3
+    layers: int = 3
     muon: bool = True
     lr: float = 5e-3
     single_draws: bool = False
     octaves: int = 6
-    queries: int = 48
+    queries: int = 24
     log_n_temperature: bool = True
     seed: int = 0
 
@@ -56,25 +59,26 @@ class Variant:
         """The trainer's settings: a small network, and none of the auxiliary tasks."""
         return PretrainConfig(
             width=64,
-            layers=8,
+            layers=self.layers,
             heads=4,
-            expansion=2,
+            components=self.components,
+            refinements=self.refinements,
             fourier_octaves=self.octaves,
             seconds=cpu_seconds,
             queries=self.queries,
             tokens=1024,
-            micro_batches=2,
+            micro_batches=1,
             buffer_share=0.0,
+            standardized_share=0.0,
             known_share=0.0,
             latent_share=0.0,
             lr=self.lr,
-            muon=self.muon,
             bf16=False,
             seed=self.seed,
         )
 
 
-HEADS = ("10 normals", "10 student-t", "100 bars", "1000 bars")
+HEADS = ("normals", "student-t", "100 bars", "1000 bars")
 STUDIES: dict[str, dict[str, Variant]] = {
     "head": {
         f"{head} on {prior}": Variant(prior, head)
@@ -82,15 +86,18 @@ STUDIES: dict[str, dict[str, Variant]] = {
         for head in HEADS
     },
     "optimizer": {
-        **{f"Muon, lr {lr}": Variant(lr=lr) for lr in (5e-3, 1e-2)},
-        **{f"AdamW, lr {lr}": Variant(muon=False, lr=lr) for lr in (1e-3, 2e-3, 4e-3)},
+        **{f"Muon, lr {lr}": Variant(lr=lr) for lr in (2.5e-3, 5e-3)},
+        **{f"AdamW, lr {lr}": Variant(muon=False, lr=lr) for lr in (2.5e-3, 5e-3)},
     },
+    "refinements": {f"{count} refinements": Variant(refinements=count) for count in (0, 1, 3, 5)},
+    "experts": {f"{count} experts": Variant(components=count) for count in (3, 6, 9)},
+    "layers": {f"{count} layers": Variant(layers=count) for count in (1, 3, 6)},
     "loss": {
         "8 draws from each query's conditional": Variant(),
         "one draw per query": Variant(single_draws=True),
     },
-    "octaves": {f"{octaves} Fourier octaves": Variant(octaves=octaves) for octaves in (0, 3, 6)},
-    "queries": {f"{queries} per task": Variant(queries=queries) for queries in (16, 48, 128)},
+    "octaves": {f"{octaves} Fourier octaves": Variant(octaves=octaves) for octaves in (0, 6)},
+    "queries": {f"{queries} per task": Variant(queries=queries) for queries in (8, 24, 72)},
     "temperature": {
         "attention sharpened by log n": Variant(),
         "constant temperature": Variant(log_n_temperature=False),
@@ -138,46 +145,62 @@ def make_prior(name: str) -> Prior:
 # Heads: from `size` numbers per query to a log density in the network's normalised units of y
 
 
+class Experts(NamedTuple):
+    """What the experts say of y at queries: log odds, means and standard deviations (b, m, e)."""
+
+    log_odds: Tensor
+    means: Tensor
+    stds: Tensor
+
+
 class Head(Protocol):
     bias: Tensor  # (size,) where training starts
 
-    def log_prob(self, raw: Tensor, z: Tensor) -> Tensor:
+    def log_prob(self, raw: Tensor, experts: Experts, z: Tensor) -> Tensor:
         """log q(z) (s, b, m) for the head's output (b, m, size) and draws z (s, b, m)."""
         ...
 
 
 class Normals:
-    """The library's head: a mixture of normals."""
+    """The library's head: a normal around each expert."""
 
     def __init__(self, components: int) -> None:
-        self.bias = torch.zeros(3, components)
-        self.bias[1] = torch.linspace(-1.5, 1.5, components)
-        self.bias = self.bias.flatten()
+        self.bias = torch.zeros(3 * components)
 
-    def log_prob(self, raw: Tensor, z: Tensor) -> Tensor:
-        weights, means, log_stds = raw.chunk(3, dim=-1)
-        return mixture_log_prob(weights.log_softmax(-1), means, 10 * torch.tanh(log_stds / 10), z)
+    def log_prob(self, raw: Tensor, experts: Experts, z: Tensor) -> Tensor:
+        return mixture_log_prob(*_around(raw, experts), z)
 
 
 class StudentTs:
-    """A mixture of Student-t's, each with its own degrees of freedom above 2 (10 at first)."""
+    """A Student-t around each expert, with degrees of freedom of its own above 2 (10 at first)."""
 
     def __init__(self, components: int) -> None:
-        self.bias = torch.cat([Normals(components).bias, torch.full((components,), 8.0)])
+        self.bias = torch.cat([torch.zeros(3 * components), torch.full((components,), 8.0)])
 
-    def log_prob(self, raw: Tensor, z: Tensor) -> Tensor:
-        weights, means, log_scales, dof = raw.chunk(4, dim=-1)
-        log_scales = 10 * torch.tanh(log_scales / 10)
+    def log_prob(self, raw: Tensor, experts: Experts, z: Tensor) -> Tensor:
+        raw, dof = raw.split([raw.shape[-1] * 3 // 4, raw.shape[-1] // 4], dim=-1)
+        weights, means, log_scales = _around(raw, experts)
         dof = 2 + nn.functional.softplus(dof)
         normaliser = torch.lgamma((dof + 1) / 2) - torch.lgamma(dof / 2)
         normaliser = normaliser - 0.5 * (math.pi * dof).log() - log_scales
         square = ((z.unsqueeze(-1) - means) * torch.exp(-log_scales)).square()
         log_t = normaliser - 0.5 * (dof + 1) * torch.log1p(square / dof)
-        return torch.logsumexp(weights.log_softmax(-1) + log_t, dim=-1)
+        return torch.logsumexp(weights + log_t, dim=-1)
+
+
+def _around(raw: Tensor, experts: Experts) -> tuple[Tensor, Tensor, Tensor]:
+    """Log weights, locations and log scales that a head moves away from the experts."""
+    logits, shift, stretch = raw.chunk(3, dim=-1)
+    log_scales = experts.stds.log() + 10 * torch.tanh(stretch / 10)
+    weights = (logits + experts.log_odds).log_softmax(-1)
+    return weights, experts.means + experts.stds * shift, log_scales
 
 
 class Bars:
-    """A histogram: bars of equal prior mass, half-normal tails fitted to the prior's draws."""
+    """A histogram: bars of equal prior mass, half-normal tails fitted to the prior's draws.
+
+    Of the experts it knows what the network told its queries.
+    """
 
     def __init__(self, count: int, draws: Tensor) -> None:
         self.bias = torch.zeros(count)
@@ -193,7 +216,7 @@ class Bars:
             ]
         )
 
-    def log_prob(self, raw: Tensor, z: Tensor) -> Tensor:
+    def log_prob(self, raw: Tensor, experts: Experts, z: Tensor) -> Tensor:
         bar = torch.searchsorted(self.borders, z)  # (s, b, m)
         log_mass = raw.log_softmax(-1).gather(-1, bar.permute(1, 2, 0)).permute(2, 0, 1)
         inside = -self.log_widths[(bar - 1).clamp(0, len(self.log_widths) - 1)]
@@ -204,11 +227,10 @@ class Bars:
         return log_mass + torch.where((bar == 0) | upper, tail, inside)
 
 
-def make_head(name: str, normalised_draws: Callable[[], Tensor]) -> Head:
-    count, kind = name.split()
-    if kind == "bars":
-        return Bars(int(count), normalised_draws())
-    return Normals(int(count)) if kind == "normals" else StudentTs(int(count))
+def make_head(variant: Variant, normalised_draws: Callable[[], Tensor]) -> Head:
+    if variant.head.endswith("bars"):
+        return Bars(int(variant.head.split()[0]), normalised_draws())
+    return (Normals if variant.head == "normals" else StudentTs)(variant.components)
 
 
 # Runs
@@ -231,9 +253,11 @@ def make_network(variant: Variant, config: PretrainConfig) -> Network:
         lessons = [
             _lesson(prior, settings, config, plan(config, i, 0), HELD_OUT - i) for i in range(200)
         ]
-        return torch.cat([_normalise(trunk, lesson).flatten() for lesson in lessons])
+        return torch.cat(
+            [_normalise(trunk, lesson, lesson.y_draws).flatten() for lesson in lessons]
+        )
 
-    head = make_head(variant.head, normalised_draws)
+    head = make_head(variant, normalised_draws)
     for name in ("head_y", "head_f"):
         linear = nn.Linear(config.width, len(head.bias))
         nn.init.normal_(linear.weight, std=0.02)
@@ -251,11 +275,17 @@ def make_network(variant: Variant, config: PretrainConfig) -> Network:
 def losses(network: Network, lesson: Lesson) -> tuple[Tensor, Tensor]:
     """Negative log densities of y and of f, in nats, averaged over each task's queries (b,)."""
     trunk, head = network
-    final, scaling = trunk.answer(lesson.x, lesson.y, lesson.known, lesson.x_query)
-    log_scale = scaling.scale.log()
-    of_y = head.log_prob(trunk.head_y(final), _normalise(trunk, lesson))
-    of_f = head.log_prob(trunk.head_f(final), _normalise(trunk, lesson, lesson.f_draws))
-    return log_scale - of_y.mean((0, 2)), log_scale - of_f.mean((0, 2))
+    final, scaling = trunk.answer(lesson.x, lesson.y, lesson.known, False, lesson.x_query)
+    said, log_scale = final.forecast, scaling.scale.log()
+
+    def surprise(layer: nn.Module, variance: Tensor, draws: Tensor) -> Tensor:
+        parts = (final.log_odds, said.mean, variance.sqrt())
+        experts = Experts(*(part.to(final.tokens) for part in parts))
+        log_prob = head.log_prob(layer(final.tokens), experts, _normalise(trunk, lesson, draws))
+        return log_scale - log_prob.mean((0, 2))
+
+    of_y = surprise(trunk.head_y, said.variance + said.noise, lesson.y_draws)
+    return of_y, surprise(trunk.head_f, said.variance, lesson.f_draws)
 
 
 def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, float]]:
@@ -263,7 +293,7 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
     network = make_network(variant, config)
     trunk, prior = network.trunk, make_prior(variant.prior)
     prior = SampleOnly(prior) if variant.single_draws else prior
-    optimizer = Optimizer(trunk, weight_decay=config.weight_decay, muon=config.muon)
+    optimizer = Optimizer(trunk, weight_decay=config.weight_decay, muon=variant.muon)
     assert config.seconds is not None
     began, step, tasks = time.process_time(), 0, 0
     while (spent := time.process_time() - began) < config.seconds:
@@ -334,11 +364,9 @@ def _lesson(
     return draw_lesson(prior, settings, config, sizes, step, part, torch.device("cpu"))
 
 
-def _normalise(trunk: Transformer, lesson: Lesson, draws: Tensor | None = None) -> Tensor:
-    """Draws (s, b, m) of y, or those given, in the network's units."""
-    scaling = trunk.scaling(lesson.y)
-    draws = lesson.y_draws if draws is None else draws
-    return (draws - scaling.center.unsqueeze(-1)) / scaling.scale.unsqueeze(-1)
+def _normalise(trunk: Transformer, lesson: Lesson, draws: Tensor) -> Tensor:
+    """Draws (s, b, m) in the network's units."""
+    return trunk.scaling(lesson.y).apply(draws)
 
 
 def run(variant: Variant, cpu_seconds: float, path: Path, batch: int = 128) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def certify(
             workers=workers,
             report=report,
         )
-        gap = _gap(pfn, pfn.prior, cells, answers, seed, report)
+        gap = gap_by_cell(pfn, pfn.prior, cells, answers, seed=seed, report=report)
     return {
         "model": pfn.card.name,
         "seed": seed,
@@ -251,15 +251,16 @@ def draw_tasks(
     return Split(x[:, :n], y[:, :n], x[:, n:], y[:, n:])
 
 
-def _gap(
+def gap_by_cell(
     pfn: PFN,
     prior: Prior,
     cells: Sequence[Cell],
     references: Sequence[Reference],
-    seed: int,
-    report: Report,
+    *,
+    seed: int = 0,
+    report: Report = lambda progress: None,
 ) -> dict[str, Any]:
-    """The gap by cell and its mean over cells.
+    """The gap by cell and its mean over cells, given the answers of `compute_references`.
 
     Queries of a task depend on each other and share the reference's error; tasks are independent.
     "reference_error" is the standard error that the reference brings into the mean,

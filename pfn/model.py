@@ -1,8 +1,8 @@
 """The front door behind `pfn.predict`: a checkpoint that answers in the units of the data.
 
 `PFN.condition` standardises a context, runs it through the transformer once, and returns a `Fitted`
-whose `predict` costs each query one attention over the cached context. Units are handled here and
-nowhere else; `data.py` checks what people pass, `transformer.py` does the work.
+whose `predict` costs each query one attention over the cached context. `units.py` has the maps to
+and from the network's numbers, `data.py` checks what people pass, `transformer.py` does the work.
 """
 
 from __future__ import annotations
@@ -21,28 +21,11 @@ from torch.distributions import Categorical, Distribution, LogNormal, MixtureSam
 from pfn.card import ModelCard
 from pfn.data import Context, check_context, check_finite, check_query, to_tensor
 from pfn.predictive import Predictive
-from pfn.transformer import Encoded, Latent, Mixture, Scaling, Transformer
+from pfn.transformer import Encoded, Final, Latent, Mixture, Scaling, Transformer
+from pfn.units import Units, context_units, prior_units
 from priors import Prior
 
-CHUNK = 8192  # queries per pass: bounds memory for a million queries
-REACH = 4.0  # inputs further than this many box widths outside the prior's box count as that far
-
-
-class Units(NamedTuple):
-    """The frozen affine maps x -> (x - x_shift) / x_scale and y -> (y - y_shift) / y_scale."""
-
-    x_shift: Tensor  # (b, d)
-    x_scale: Tensor  # (b, d)
-    y_shift: Tensor  # (b,)
-    y_scale: Tensor  # (b,)
-
-    def map_x(self, x: Tensor) -> Tensor:
-        """Inputs in the prior's units, clamped to `REACH` around its box."""
-        mapped = (x - self.x_shift.unsqueeze(-2)) / self.x_scale.unsqueeze(-2)
-        return mapped.clamp(-REACH, 1 + REACH)
-
-    def map_y(self, y: Tensor) -> Tensor:
-        return (y - self.y_shift.unsqueeze(-1)) / self.y_scale.unsqueeze(-1)
+CHUNK = 2**20  # numbers that one pass keeps for each expert: bounds memory for a million queries
 
 
 class Ready(NamedTuple):
@@ -53,10 +36,16 @@ class Ready(NamedTuple):
     x: Tensor  # (b, n, d)
     y: Tensor  # (b, n)
     known: Tensor | None  # (b, latent_slots) standardised latents, NaN where unknown
+    standardized: bool
 
     @property
-    def network_inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.x, self.y, self.known
+    def network_inputs(self) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        return self.x, self.y, self.known, self.standardized
+
+    @property
+    def chunk(self) -> int:
+        """Queries in one pass."""
+        return max(1, CHUNK // max(128, self.y.numel()))
 
 
 class PFN:
@@ -94,10 +83,10 @@ class PFN:
         """
         ready = self._prepare(context, standardize, bounds, given, extrapolate_n)
         x, dtype = check_query(x_query, ready.context)
-        if x.shape[1] > CHUNK:
+        if x.shape[1] > ready.chunk:
             return self._encode(ready).predict(x_query, latent=latent)
         mapped = ready.units.map_x(x.to(ready.x.device)).to(ready.x.dtype)
-        with _recording(mapped, *ready.network_inputs):
+        with _recording(mapped, ready.x, ready.y, ready.known):
             final, inner = self.transformer.answer(*ready.network_inputs, mapped)
             mixture = _mixture(self.transformer, final, latent)
             return _predictive(mixture, inner, ready, x.device, dtype)
@@ -146,7 +135,14 @@ class PFN:
         self._check_sizes(n, d, extrapolate_n)
         if bounds is not None and not standardize:
             raise ValueError("Expected no bounds with standardize=False, which leaves x as it is.")
-        units = _units(checked, standardize, _check_bounds(bounds, d))
+        units = prior_units(checked.x, checked.y)
+        if standardize:
+            units = context_units(checked.x, checked.y)
+        if bounds is not None:
+            low, high = (
+                _check_bounds(bounds, d).to(checked.x).expand(len(checked.x), 2, d).unbind(1)
+            )
+            units = units._replace(x_shift=low, x_scale=high - low)
         known = self._known(given, units, d)
         return Ready(
             checked,
@@ -154,10 +150,11 @@ class PFN:
             units.map_x(checked.x).to(parameter.dtype),
             units.map_y(checked.y).to(parameter.dtype),
             None if known is None else known.to(parameter),
+            standardize and n > 0,
         )
 
     def _encode(self, ready: Ready) -> Fitted:
-        with _recording(*ready.network_inputs):
+        with _recording(ready.x, ready.y, ready.known):
             return Fitted(self, ready, self.transformer.encode(*ready.network_inputs))
 
     def _check_sizes(self, n: int, d: int, extrapolate_n: bool) -> None:
@@ -238,24 +235,14 @@ class PFN:
         Raises:
             ValueError: for one lengthscale over features whose ranges differ: it has no unit.
         """
-        unit = self.card.latent_units.get(name, "")
-        scale = units.y_scale.unsqueeze(-1)
-        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        if unit == "y":
-            return units.y_shift.unsqueeze(-1), scale
-        if unit == "y^2":
-            return zero, scale.square()
-        if unit == "x" and per_feature:
-            return zero, units.x_scale
-        if unit == "x":
-            if not torch.allclose(units.x_scale, units.x_scale[:, :1]):
-                raise ValueError(
-                    f"Expected features of one range, as one {name} for all of them has no unit"
-                    f" otherwise; got ranges {units.x_scale.tolist()}. Pass equal bounds, or"
-                    " standardize=False."
-                )
-            return zero, units.x_scale[:, :1]
-        return zero, one
+        shift, scale = units.of_latent(self.card.latent_units.get(name, ""), per_feature)
+        if bool(scale.isnan().any()):
+            raise ValueError(
+                f"Expected features of one range, as one {name} for all of them has no unit"
+                f" otherwise; got ranges {units.x_scale.tolist()}. Pass equal bounds, or"
+                " standardize=False."
+            )
+        return shift, scale
 
 
 class Fitted:
@@ -288,7 +275,7 @@ class Fitted:
         with _recording(mapped, keys):
             mixtures = [
                 _mixture(transformer, transformer.decode(self._encoded, part), latent)
-                for part in mapped.split(CHUNK, dim=1)
+                for part in mapped.split(self._ready.chunk, dim=1)
             ]
             mixture = Mixture(*(torch.cat(part, 1) for part in zip(*mixtures, strict=True)))
             return _predictive(mixture, self._encoded.scaling, self._ready, x.device, dtype)
@@ -346,7 +333,7 @@ def _recording(*inputs: Tensor | None) -> torch.set_grad_enabled:
     return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
 
 
-def _mixture(transformer: Transformer, final: Tensor, latent: bool) -> Mixture:
+def _mixture(transformer: Transformer, final: Final, latent: bool) -> Mixture:
     return transformer.mixture_f(final) if latent else transformer.mixture_y(final)
 
 
@@ -365,34 +352,7 @@ def _predictive(
     return Predictive(*parameters)
 
 
-def _units(context: Context, standardize: bool, bounds: Tensor | None) -> Units:
-    """The affine maps of the contract; identity without `standardize`."""
-    x, y = context.x, context.y
-    b, n, d = x.shape
-    units = Units(x.new_zeros(b, d), x.new_ones(b, d), y.new_zeros(b), y.new_ones(b))
-    if not standardize:
-        return units
-    if n > 0:
-        low, high = x.amin(1), x.amax(1)
-        constant = high <= low
-        units = units._replace(
-            x_shift=torch.where(constant, low - 0.5, low),  # a constant column sits mid-box
-            x_scale=torch.where(constant, 1.0, high - low),
-            y_shift=y.mean(1),
-        )
-    if n > 1:
-        y_scale = y.std(1)
-        varies = (y.amax(1) > y.amin(1)) & (y_scale > 0)  # rounding gives constants a tiny spread
-        units = units._replace(y_scale=torch.where(varies, y_scale, 1.0))
-    if bounds is not None:
-        low, high = bounds.to(x).expand(b, 2, d).unbind(1)
-        units = units._replace(x_shift=low, x_scale=high - low)
-    return units
-
-
-def _check_bounds(bounds: Any, d: int) -> Tensor | None:
-    if bounds is None:
-        return None
+def _check_bounds(bounds: Any, d: int) -> Tensor:
     tensor = to_tensor(bounds, "bounds").double()
     check_finite(tensor, "bounds")
     if tensor.shape != (2, d) or not bool((tensor[0] < tensor[1]).all()):

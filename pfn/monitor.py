@@ -162,21 +162,41 @@ def gap(model: Transformer, answered: Answered) -> float:
 def training_flops(network: TransformerConfig, sizes: Sizes, queries: int) -> float:
     """Floating-point operations of one micro-batch, backward pass included.
 
-    Two per multiply-add of every matrix product and of attention; a backward pass costs two forward
-    passes. What is left out, as is usual: norms, softmax, padding, the loss, the optimiser.
+    Two per multiply-add of every matrix product, of attention and of the experts' factorisations. A
+    backward pass costs two forward passes; refinements have none. What is left out, as is usual:
+    norms, softmax, padding, kernels, small layers, the loss, the optimiser.
     """
+    refined = 2 * network.refinements * _solve(sizes)
+    inverse = 2 * _solve(sizes) + 4 * sizes.context**3  # its gradient takes two products
+    experts = network.components * sizes.batch * (refined + inverse)
+    return experts + 3 * forward_products(network, sizes, queries)
+
+
+def forward_products(network: TransformerConfig, sizes: Sizes, queries: int) -> float:
+    """Those of a forward pass besides the experts' factorisations and refinements."""
     w, layers, place = network.width, network.layers, network.heads * (sizes.features + 2)
-    queries = queries + (network.latent_slots if sizes.latents else 0)
+    tokens = queries + (network.latent_slots if sizes.latents else 0)
     stored = 1 + sizes.context + sizes.buffer  # tokens that others attend to
-    attended = (1 + sizes.context) ** 2 + (sizes.buffer + queries) * stored
+    attended = (1 + sizes.context) ** 2 + (sizes.buffer + tokens) * stored
     per_layer = (
-        (stored + queries) * (2 + 2 * network.expansion) * w * w  # q, output, feed-forward
+        (stored + tokens) * (2 + 2 * network.expansion) * w * w  # q, output, feed-forward
         + stored * 2 * w * w  # k and v
         + attended * (2 * w + place)  # scores, with distances, and weighted values
     )
     inputs = sizes.features * (1 + 2 * network.fourier_octaves)
-    ends = (stored + queries) * inputs * w + queries * 6 * network.components * w
-    return 3 * 2 * sizes.batch * (layers * per_layer + ends)
+    told = 2 * network.components
+    ends = (stored + tokens) * (inputs + told) * w + queries * 6 * network.components * w
+    n, k, d = sizes.context, sizes.buffer, sizes.features
+    experts = (k + queries) * n * (n + d + 1)  # weights of the context, distances, means
+    if k:
+        experts += k * (n * k + n + k * (d + 1)) + queries * k * (n + k + d + 2)
+    return 2 * sizes.batch * (layers * per_layer + ends + network.components * experts)
+
+
+def _solve(sizes: Sizes) -> float:
+    """Multiply-adds of one factorisation, inverse and slope of one expert."""
+    n = sizes.context
+    return 0.5 * n**3 + n * n * (2 * sizes.features + 1)
 
 
 def matrix_product_peak(

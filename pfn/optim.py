@@ -25,7 +25,7 @@ class Optimizer:
     Args:
         model: its parameters are updated in place by `step`.
         weight_decay: decoupled, applied to two-dimensional parameters only.
-        muon: False trains everything with AdamW.
+        muon: False takes AdamW for everything, to compare with.
     """
 
     def __init__(self, model: nn.Module, *, weight_decay: float, muon: bool = True) -> None:

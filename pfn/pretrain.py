@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +28,12 @@ from torch import Tensor
 
 from pfn.mixture import mixture_log_prob
 from pfn.optim import Optimizer
-from pfn.transformer import Latent, Mixture, Transformer, TransformerConfig
+from pfn.transformer import Final, Latent, Mixture, Transformer, TransformerConfig
+from pfn.units import Units, context_units
 from priors import ConditionalPrior, Prior
 
 STRATA = 8  # draws of y per query from its conditional, one per equal slice of probability
+SHOCK = 10.0  # nats
 PROBE = 4096  # prior tasks behind the frozen moments of y and of the latents
 
 
@@ -42,7 +44,8 @@ class PretrainConfig:
     Args:
         max_features: tasks have 1 .. max_features features, uniformly.
         max_context: contexts have 0 .. max_context points, about log-uniformly.
-        width, layers, heads, expansion, fourier_octaves, components: of the `TransformerConfig`.
+        width, layers, heads, expansion, fourier_octaves, components, refinements: of the
+            `TransformerConfig`.
         seconds: wall-clock budget, over all parts of a run that was stopped and continued.
         tasks: budget in prior tasks; only with this one does a continued run repeat exactly.
         queries: query points per task.
@@ -50,11 +53,12 @@ class PretrainConfig:
         micro_batches: parts of a step, each with its own sizes; shared among processes.
         buffer_share: share of micro-batches that split the context into context and buffer.
         max_buffer: points in such a buffer, at most.
+        standardized_share: share of micro-batches in the units of their own contexts, as users'
+            data are by default.
         known_share: share of tasks that reveal some latents to the network.
         latent_share: share of micro-batches that train the marginal heads of the latents.
         lr: peak learning rate; linear warm-up over `warmup` of the budget, then cosine to zero.
         weight_decay: decoupled, of matrices only.
-        muon: Muon for the matrices inside the blocks; otherwise AdamW for everything.
         clip: largest norm of the gradient.
         ema: decay per step of the averaged weights, in [0, 1); shorter at first.
         bf16: matrix products in bfloat16 (master weights stay float32).
@@ -68,25 +72,26 @@ class PretrainConfig:
 
     max_features: int = 1
     max_context: int = 256
-    width: int = 128
-    layers: int = 6
-    heads: int = 4
-    expansion: int = 4
+    width: int = 96
+    layers: int = 3
+    heads: int = 6
+    expansion: int = 2
     fourier_octaves: int = 4
-    components: int = 10
+    components: int = 6
+    refinements: int = 3
     seconds: float | None = None
     tasks: int | None = None
-    queries: int = 48
+    queries: int = 24
     tokens: int = 2048
-    micro_batches: int = 4
+    micro_batches: int = 2
     buffer_share: float = 0.25
     max_buffer: int = 128
-    known_share: float = 0.2
+    standardized_share: float = 0.5
+    known_share: float = 0.3
     latent_share: float = 0.25
     lr: float = 2e-3
     warmup: float = 0.03
     weight_decay: float = 0.01
-    muon: bool = True
     clip: float = 1.0
     ema: float = 0.998
     bf16: bool = True
@@ -127,6 +132,7 @@ class Sizes(NamedTuple):
     buffer: int
     features: int
     latents: bool
+    standardized: bool = False
 
 
 def pretrain(
@@ -160,7 +166,7 @@ def pretrain(
         torch.default_generator.manual_seed(config.seed)
         model = Transformer(network).to(device)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = Optimizer(model, weight_decay=config.weight_decay, muon=config.muon)
+    optimizer = Optimizer(model, weight_decay=config.weight_decay)
     path = out / "state.safetensors"
     step, tasks, elapsed = 0, 0, 0.0
     if path.exists():
@@ -247,8 +253,8 @@ class Lesson(NamedTuple):
     f_draws: Tensor  # (s, b, m) draws of the noise-free function
     entropy: Tensor  # () mean entropy of y given the latents; NaN where the prior cannot tell
     known: Tensor  # (b, slots) standardised latents, NaN where hidden from the network
-    latents: Tensor | None  # (b, slots) all of them, when their heads are trained
-    features: int
+    standardized: bool  # x and y are in the units of the context
+    latents: Tensor | None  # (b, slots) all of them, when their heads are trained; NaN: none
 
 
 def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,7 +263,8 @@ def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     Expected negative log density of y, in nats per query, plus half of f's and a tenth of the
     latents'.
     """
-    context, latents = (lesson.x, lesson.y, lesson.known), lesson.latents is not None
+    context = (lesson.x, lesson.y, lesson.known, lesson.standardized)
+    latents = lesson.latents is not None
     if lesson.buffer is None:
         final, scaling = model.answer(*context, lesson.x_query, latents=latents)
     else:
@@ -270,24 +277,24 @@ def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
             visible=lesson.visible,
             latents=latents,
         )
-    m = lesson.x_query.shape[1]
-    with torch.autocast(final.device.type, enabled=False):
-        final = final.float()
+    with torch.autocast(lesson.x.device.type, enabled=False):
+        final = final._replace(tokens=final.tokens.float())
         center, scale = (value.unsqueeze(-1) for value in scaling)
         y_draws, f_draws = ((draws - center) / scale for draws in (lesson.y_draws, lesson.f_draws))
         log_scale = scale.log().mean()
-        loss_y = log_scale - _mean_log_prob(model.mixture_y(final[:, :m]), y_draws)
-        loss_f = log_scale - _mean_log_prob(model.mixture_f(final[:, :m]), f_draws)
+        loss_y = log_scale - _mean_log_prob(model.mixture_y(final), y_draws)
+        loss_f = log_scale - _mean_log_prob(model.mixture_f(final), f_draws)
         value = loss_y + 0.5 * loss_f
         if lesson.latents is not None:
-            value = value + 0.1 * latent_loss(model, final[:, m:], lesson)
+            value = value + 0.1 * latent_loss(model, final, lesson)
     return value, loss_y.detach(), (loss_y - lesson.entropy).detach()
 
 
-def latent_loss(model: Transformer, final: Tensor, lesson: Lesson) -> Tensor:
+def latent_loss(model: Transformer, final: Final, lesson: Lesson) -> Tensor:
     """Mean negative log probability of the latents: densities, or cross-entropy for categories."""
     assert lesson.latents is not None
     mixture, logits = model.latent_head(final)
+    there = ~lesson.latents.isnan()
     log_prob = mixture_log_prob(*mixture, lesson.latents.nan_to_num(0.0))  # (b, slots)
     terms = []
     start = 0
@@ -297,16 +304,18 @@ def latent_loss(model: Transformer, final: Tensor, lesson: Lesson) -> Tensor:
             chosen = lesson.latents[:, start:stop].argmax(-1)
             terms.append(-F.cross_entropy(logits[:, start:stop], chosen).unsqueeze(0))
         else:
-            used = stop if not latent.per_feature else start + lesson.features
-            terms.append(log_prob[:, start:used].mean(0))
+            used = there[:, start:stop]
+            total = (log_prob[:, start:stop] * used).sum(0)
+            terms.append((total / used.sum(0).clamp_min(1))[used.any(0)])
         start = stop
-    return -torch.cat(terms).mean()
+    every = torch.cat(terms)
+    return -every.mean() if len(every) else every.sum()
 
 
 def plan(config: PretrainConfig, step: int, part: int) -> Sizes:
     """Sizes of one micro-batch: features uniform, context about log-uniform, constant cost."""
     generator = torch.Generator().manual_seed(_seed(config.seed, step, part, "sizes"))
-    share, buffered, split, with_latents = torch.rand(4, generator=generator).tolist()
+    share, buffered, split, with_latents, own_units = torch.rand(5, generator=generator).tolist()
     features = int(torch.randint(1, config.max_features + 1, (), generator=generator))
     points = int(8 * math.exp(share * math.log((config.max_context + 9) / 8)) - 8)
     points = min(points, config.max_context)
@@ -315,7 +324,14 @@ def plan(config: PretrainConfig, step: int, part: int) -> Sizes:
         buffer = 1 + int(split * min(points, config.max_buffer))
     per_task = points + config.queries
     batch = max(1, round(config.tokens / config.micro_batches / per_task))
-    return Sizes(batch, points - buffer, buffer, features, with_latents < config.latent_share)
+    return Sizes(
+        batch,
+        points - buffer,
+        buffer,
+        features,
+        latents=with_latents < config.latent_share,
+        standardized=own_units < config.standardized_share and points > buffer,
+    )
 
 
 def draw_lesson(
@@ -349,6 +365,13 @@ def draw_lesson(
         latents, entropy = drawn.latents, torch.tensor(torch.nan, device=device)
         if drawn.num_context is not None:  # rows past it are queries only
             x, y = x[:, : drawn.num_context], y[:, : drawn.num_context]
+    k = min(sizes.context, x.shape[1])
+    if sizes.standardized:
+        units = context_units(x[:, :k], y[:, :k])
+        x, x_query = units.map_x(x), units.map_x(x_query)
+        y, y_draws, f_draws = (units.map_y(value) for value in (y, y_draws, f_draws))
+        entropy = entropy - units.y_scale.log().mean()
+        latents = in_units(latents, units, network, getattr(prior, "latent_units", {}))
     slots = latent_slots(network, latents, sizes.batch, device)
     hidden = torch.rand(slots.shape, device=device, generator=generator)
     reveal = torch.rand(sizes.batch, 1, device=device, generator=generator) < config.known_share
@@ -356,7 +379,6 @@ def draw_lesson(
     x, y, x_query, y_draws, f_draws, known, slots, entropy = (
         value.float() for value in (x, y, x_query, y_draws, f_draws, known, slots, entropy)
     )
-    k = min(sizes.context, x.shape[1])
     return Lesson(
         x=x[:, :k],
         y=y[:, :k],
@@ -367,9 +389,29 @@ def draw_lesson(
         f_draws=f_draws,
         entropy=entropy,
         known=known,
+        standardized=sizes.standardized,
         latents=slots if sizes.latents and network.latent_slots else None,
-        features=sizes.features,
     )
+
+
+def in_units(
+    latents: dict[str, Tensor],
+    units: Units,
+    network: TransformerConfig,
+    scaling: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """Latents of tasks whose x and y took other units; NaN where a latent has none in these.
+
+    Args:
+        scaling: how latents scale with the data, as in `Units.of_latent`.
+    """
+    mapped = dict(latents)
+    for latent in network.latents:
+        if not latent.categories:
+            value = latents[latent.name]
+            shift, scale = units.of_latent(scaling.get(latent.name, ""), latent.per_feature)
+            mapped[latent.name] = ((value.reshape(len(value), -1) - shift) / scale).view_as(value)
+    return mapped
 
 
 def latent_slots(
@@ -421,6 +463,7 @@ def architecture(prior: Prior, config: PretrainConfig) -> TransformerConfig:
         expansion=config.expansion,
         fourier_octaves=config.fourier_octaves,
         components=config.components,
+        refinements=config.refinements,
         y_mean=float(y.median()),
         y_std=spread or 1.0,
         latents=tuple(latents),
@@ -446,7 +489,13 @@ def _finite(name: str, *values: Tensor) -> Tensor:
 
 
 def _mean_log_prob(mixture: Mixture, draws: Tensor) -> Tensor:
-    return mixture_log_prob(mixture.log_weights, mixture.means, mixture.log_stds, draws).mean()
+    """Mean log density; what surprises beyond `SHOCK` nats counts with its logarithm.
+
+    Where two observations set the unit of y, others lie hundreds of units away.
+    """
+    log_prob = mixture_log_prob(mixture.log_weights, mixture.means, mixture.log_stds, draws)
+    shock = (-log_prob / SHOCK).clamp_min(1)
+    return torch.where(shock > 1, -SHOCK * (1 + shock.log()), log_prob).mean()
 
 
 def _stratified_normal(batch: int, m: int, generator: torch.Generator) -> Tensor:

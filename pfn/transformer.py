@@ -1,13 +1,15 @@
-"""The network: a pre-norm transformer with one token per data point.
+"""The network: a pre-norm transformer with one token per data point, and experts before its end.
 
 Context tokens attend to the context, query tokens to the context only, so no query's answer depends
-on another query. `encode` runs the context once and keeps each layer's keys and values; a query
-then costs one attention over them. Points added later live in a buffer: they attend to the frozen
-context and causally to each other, and a query may see any prefix of them.
+on another query. Before the last layer, Gaussian-process experts (`experts.py`), whose
+hyperparameters are read from the context, predict every token, and the network goes on from there.
+`encode` runs the context once and keeps each layer's keys and values and the solved experts; a
+query then costs one attention over them. Points added later live in a buffer: they attend to the
+frozen context and causally to each other, and a query may see any prefix of them.
 
 Shapes: b tasks, n context points, k buffer points, m queries, d features, w width, h heads.
-Read next: `predictive.py`, the distribution that the output parametrises, and `model.py`, which
-puts units, checks and caching around this module.
+Read next: `experts.py`; `predictive.py`, the distribution that the output parametrises; `model.py`,
+which puts units, checks and caching around this module.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pfn.experts import Experts, Forecast, Solved, add, forecast
 
 PSEUDO_COUNT = 0.1  # weight of the prior in the frozen normalisation of y, in observations
 
@@ -42,15 +46,20 @@ class Latent:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Everything that fixes the architecture. `y_mean` and `y_std` are the prior's own moments."""
+    """Everything that fixes the architecture.
+
+    There is one component of the mixture for each expert, whose hyperparameters take `refinements`
+    steps. `y_mean` and `y_std` are the prior's own moments.
+    """
 
     max_features: int
-    width: int = 128
-    layers: int = 6
-    heads: int = 4
-    expansion: int = 4
+    width: int = 96
+    layers: int = 3
+    heads: int = 6
+    expansion: int = 2
     fourier_octaves: int = 4
-    components: int = 10
+    components: int = 6
+    refinements: int = 3
     y_mean: float = 0.0
     y_std: float = 1.0
     latents: tuple[Latent, ...] = ()
@@ -87,6 +96,9 @@ class Scaling(NamedTuple):
     center: Tensor
     scale: Tensor
 
+    def apply(self, y: Tensor) -> Tensor:
+        return (y - self.center.unsqueeze(-1)) / self.scale.unsqueeze(-1)
+
 
 class Place(NamedTuple):
     """Where tokens are, for the distance in attention; zeros for those that are nowhere."""
@@ -121,6 +133,14 @@ class Near(NamedTuple):
         return self.scaled, self.present, logit - self.square
 
 
+class Final(NamedTuple):
+    """Queries after all layers, beside what the experts say of them."""
+
+    tokens: Tensor  # (b, m [+ latent_slots], w)
+    forecast: Forecast
+    log_odds: Tensor  # (b, 1 or m, e) of the experts, by the whole task
+
+
 class EncodedLayer(NamedTuple):
     """What one layer keeps of a context: h heads, 1 + n keys (the task token is first)."""
 
@@ -133,6 +153,9 @@ class Encoded(NamedTuple):
     """An encoded context: all that later queries and added points need of it."""
 
     layers: list[EncodedLayer]
+    solved: Solved
+    logits: Tensor  # (b, 1, e) of the experts
+    report: Tensor  # (b, ...) of the experts' hyperparameters
     scaling: Scaling
     num_context: Tensor  # (b,) n, as a float
 
@@ -206,60 +229,82 @@ class Transformer(nn.Module):
         self.embed_y = nn.Linear(1, width)
         self.embed_query = nn.Parameter(torch.randn(width) * 0.1)
         self.embed_buffer = nn.Parameter(torch.zeros(width))
-        self.embed_task = nn.Linear(2 * config.latent_slots + config.max_features + 3, width)
+        self.embed_task = nn.Linear(2 * config.latent_slots + config.max_features + 4, width)
         self.embed_latent = nn.Parameter(torch.randn(max(config.latent_slots, 1), width) * 0.5)
         blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.blocks = cast(Sequence[Block], blocks)
+        self.experts = Experts(
+            width, config.components, config.max_features, config.latent_slots, config.refinements
+        )
+        self.trust = nn.Parameter(torch.tensor(0.1))  # in evidence, as weights of the experts
         self.norm = nn.LayerNorm(width, bias=False)
         self.head_y = _mixture_head(config)
         self.head_f = _mixture_head(config)
         self.head_latent = nn.Linear(width, 3 * config.components + 1)
 
-    def encode(self, x: Tensor, y: Tensor, known: Tensor | None = None) -> Encoded:
-        """Runs the context (b, n, d), (b, n) through all layers and keeps keys and values.
+    def encode(
+        self,
+        x: Tensor,
+        y: Tensor,
+        known: Tensor | None = None,
+        standardized: bool = False,
+    ) -> Encoded:
+        """Runs the context (b, n, d), (b, n) through all layers and keeps what queries need.
 
         Args:
             known: (b, latent_slots) standardised latents that are known, NaN where unknown.
+            standardized: whether the context's own moments and ranges gave x and y their units, so
+                that the prior's are lost.
         """
-        nothing = self.embed_query.expand(len(x), 0, -1)
-        return self._run(x, y, known, nothing, place(x[:, :0]))[0]
+        return self._run((x, y, known, standardized), x[:, :0], latents=False)[0]
 
     def answer(
         self,
         x: Tensor,
         y: Tensor,
         known: Tensor | None,
+        standardized: bool,
         x_query: Tensor,
         *,
         latents: bool = False,
-    ) -> tuple[Tensor, Scaling]:
+    ) -> tuple[Final, Scaling]:
         """What `decode` gives for `encode` of a context, in one pass; and the scaling."""
-        queries, where = self._embed_queries(x_query, latents)
-        encoded, final = self._run(x, y, known, queries, where)
+        encoded, final = self._run((x, y, known, standardized), x_query, latents)
         return final, encoded.scaling
 
     def _run(
-        self, x: Tensor, y: Tensor, known: Tensor | None, queries: Tensor, where: Place
-    ) -> tuple[Encoded, Tensor]:
-        """Context and queries (b, m, w) through all layers; every token attends to the context."""
+        self, context: tuple[Tensor, Tensor, Tensor | None, bool], x_query: Tensor, latents: bool
+    ) -> tuple[Encoded, Final]:
+        """Context and queries through all layers; every token attends to the context."""
+        x, y, known, standardized = context
+        queries, where = self._embed_queries(x_query, latents)
         scaling = self.scaling(y)
+        y = scaling.apply(y)
+        known = self._known(known, scaling)
         count = torch.full_like(scaling.center, x.shape[1])
         tokens = torch.cat(
             [
-                self._task_token(scaling, count, x.shape[-1], known),
-                self._embed_points(x, y, scaling),
+                self._task_token(scaling, count, x.shape[-1], known, standardized),
+                self._embed_points(x, y),
                 queries,
             ],
             dim=1,
         )  # (b, 1 + n + m, w)
         k = 1 + x.shape[1]
-        context = place(x, before=1)
-        where = Place(*(torch.cat(two, dim=2) for two in zip(context, where, strict=True)))
+        there = place(x, before=1)
+        where = Place(*(torch.cat(two, dim=2) for two in zip(there, where, strict=True)))
         logits = torch.stack([block.task_logit for block in self.blocks])[:, None, :, None, None]
-        logits = logits * (1 - context.present)  # (layer, 1, h, 1 + n, 1), for the task token alone
+        logits = logits * (1 - there.present)  # (layer, 1, h, 1 + n, 1), for the task token alone
         sharpness = self.sharpness(count[:, None])
         layers = []
         for block, sharp, logit in zip(self.blocks, sharpness, logits, strict=True):
+            if block is self.blocks[-1]:
+                with torch.autocast(x.device.type, enabled=False):
+                    solved, weigh, report = self.experts.solve(tokens[:, 0], known, x, y)
+                    said = forecast(solved, x_query)
+                    told = [self.experts.tell_task(report), self.experts.tell_context(solved)]
+                    told += self._tell_queries(said, report, latents)
+                tokens = tokens + torch.cat(told, dim=1)
             normed = block.norm_attention(tokens)
             metric = block.metric(normed[:, 0], x.shape[-1])
             near = where.near(metric)
@@ -267,7 +312,8 @@ class Transformer(nn.Module):
             layers.append(EncodedLayer(key, value, metric))
             query = block.queries(normed, sharp, *near.of_query())
             tokens = block.finish(tokens, attend(query, key, value))
-        return Encoded(layers, scaling, count), self.norm(tokens[:, k:])
+        encoded = Encoded(layers, solved, weigh, report, scaling, count)
+        return encoded, self._finish(tokens[:, k:], said, weigh)
 
     def decode(
         self,
@@ -277,8 +323,8 @@ class Transformer(nn.Module):
         buffer: tuple[Tensor, Tensor] | None = None,
         visible: Tensor | None = None,
         latents: bool = False,
-    ) -> Tensor:
-        """Final query representations (b, m [+ latent_slots], w) given an encoded context.
+    ) -> Final:
+        """What becomes of queries given an encoded context.
 
         Args:
             x_query: (b, m, d).
@@ -293,16 +339,20 @@ class Transformer(nn.Module):
             nears = torch.cat(where.near(metrics).of_query(), dim=-1)  # of all layers at once
             layers = zip(self.blocks, encoded.layers, sharpness, nears, strict=True)
             for block, (key, value, _), sharp, near in layers:
+                if block is self.blocks[-1]:
+                    said = forecast(encoded.solved, x_query)
+                    told = self._tell_queries(said, encoded.report, latents)
+                    queries = queries + torch.cat(told, dim=1)
                 query = block.queries(block.norm_attention(queries), sharp, near)
                 queries = block.finish(queries, attend(query, key, value))
-            return self.norm(queries)
+            return self._finish(queries, said, encoded.logits)
         assert visible is not None
-        added = self._embed_points(*buffer, encoded.scaling) + self.embed_buffer
+        x_added, y_added = buffer[0], encoded.scaling.apply(buffer[1])
+        added = self._embed_points(x_added, y_added) + self.embed_buffer
         k, n = added.shape[1], encoded.layers[0].key.shape[2] - 1
-        if latents:
-            visible = torch.cat([visible, visible.new_zeros(queries.shape[1] - len(visible))])
         order = torch.arange(k, device=added.device)
-        sees = torch.cat([order + 1, visible])  # (k + m,) buffer points each token sees
+        blind = visible.new_zeros(queries.shape[1] - len(visible))
+        sees = torch.cat([order + 1, visible, blind])  # (tokens,) buffer points each of them sees
         allowed = torch.cat(
             [
                 torch.ones(len(sees), 1 + n, dtype=torch.bool, device=added.device),
@@ -311,12 +361,19 @@ class Transformer(nn.Module):
             dim=1,
         )
         tokens = torch.cat([added, queries], dim=1)
-        new = place(buffer[0])
+        new = place(x_added)
         every = Place(*(torch.cat(two, dim=2) for two in zip(new, where, strict=True)))
         sharpness = self.sharpness(encoded.num_context[:, None] + sees)
         for block, (key, value, metric), sharp in zip(
             self.blocks, encoded.layers, sharpness, strict=True
         ):
+            if block is self.blocks[-1]:
+                with torch.autocast(x_query.device.type, enabled=False):
+                    more = add(encoded.solved, x_added, y_added)
+                    said = forecast(encoded.solved, x_query, more, visible)
+                    told = [self.experts.tell_buffer(encoded.solved, more)]
+                    told += self._tell_queries(said, encoded.report, latents)
+                tokens = tokens + torch.cat(told, dim=1)
             normed = block.norm_attention(tokens)
             key_added, value_added = block.keys_values(normed[:, :k], *new.near(metric).of_key())
             attended = attend(
@@ -326,7 +383,23 @@ class Transformer(nn.Module):
                 allowed,
             )
             tokens = block.finish(tokens, attended)
-        return self.norm(tokens[:, k:])
+        return self._finish(tokens[:, k:], said, encoded.logits)
+
+    def _tell_queries(self, said: Forecast, report: Tensor, latents: bool) -> list[Tensor]:
+        told = [self.experts.tell_query(said)]
+        return [*told, self.experts.tell_latents(report)] if latents else told
+
+    def _known(self, known: Tensor | None, scaling: Scaling) -> Tensor | None:
+        """Known latents, which they are, and the scale of y for those (b, 3 latent_slots)."""
+        if known is None or not self.config.latent_slots:
+            return None
+        is_known = (~known.isnan()).to(known)
+        log_scale = (scaling.scale / self.config.y_std).log().unsqueeze(-1)
+        return torch.cat([known.nan_to_num(0.0), is_known, is_known * log_scale], dim=-1)
+
+    def _finish(self, tokens: Tensor, said: Forecast, logits: Tensor) -> Final:
+        evidence = said.log_evidence - said.log_evidence.amax(-1, keepdim=True)
+        return Final(self.norm(tokens), said, logits + self.trust * evidence.to(logits))
 
     def scaling(self, y: Tensor) -> Scaling:
         """The context's mean and standard deviation (b,), shrunk to the prior's."""
@@ -344,18 +417,21 @@ class Transformer(nn.Module):
         root = math.sqrt(self.config.width // self.config.heads)
         return ((offset + slope * log_count) / root).unbind()
 
-    def mixture_y(self, final: Tensor) -> Mixture:
+    def mixture_y(self, final: Final) -> Mixture:
         """Mixtures over a new observation, in the normalised units of `scaling`."""
-        return _to_mixture(self.head_y(final))
+        return _around(final, final.forecast.variance + final.forecast.noise, self.head_y)
 
-    def mixture_f(self, final: Tensor) -> Mixture:
+    def mixture_f(self, final: Final) -> Mixture:
         """Mixtures over the noise-free function, in the normalised units of `scaling`."""
-        return _to_mixture(self.head_f(final))
+        return _around(final, final.forecast.variance, self.head_f)
 
-    def latent_head(self, final: Tensor) -> tuple[Mixture, Tensor]:
+    def latent_head(self, final: Final) -> tuple[Mixture, Tensor]:
         """Mixtures over standardised latents, and logits for those that are categories."""
-        raw = self.head_latent(final)
-        return _to_mixture(raw[..., :-1]), raw[..., -1]
+        m = final.forecast.mean.shape[1]
+        raw = _full(self.head_latent(final.tokens[:, m:]))
+        weights, means, log_stds = raw[..., :-1].chunk(3, dim=-1)
+        mixture = Mixture(weights.log_softmax(-1), means, 10 * torch.tanh(log_stds / 10))
+        return mixture, raw[..., -1]
 
     def _embed_features(self, x: Tensor) -> Tensor:
         """Embeds inputs (b, n, d): each feature raw and in waves of doubling frequency."""
@@ -375,26 +451,27 @@ class Transformer(nn.Module):
             queries = torch.cat([queries, extra], dim=1)
         return queries, place(x, after=queries.shape[1] - x.shape[1])
 
-    def _embed_points(self, x: Tensor, y: Tensor, scaling: Scaling) -> Tensor:
-        normalised = (y - scaling.center.unsqueeze(-1)) / scaling.scale.unsqueeze(-1)
+    def _embed_points(self, x: Tensor, normalised: Tensor) -> Tensor:
         return self._embed_features(x) + self.embed_y(normalised.unsqueeze(-1))
 
-    def _task_token(self, scaling: Scaling, count: Tensor, d: int, known: Tensor | None) -> Tensor:
+    def _task_token(
+        self, scaling: Scaling, count: Tensor, d: int, known: Tensor | None, standardized: bool
+    ) -> Tensor:
         """One token (b, 1, w) for what concerns the whole task: scale, size, known latents."""
         summary = torch.stack(
             [
                 (scaling.center - self.config.y_mean) / self.config.y_std,
                 (scaling.scale / self.config.y_std).log(),
                 count.log1p() / 5,
+                torch.full_like(count, standardized),
             ],
             dim=-1,
         )
         weight, slots = self.embed_task.weight, self.config.latent_slots
         which = weight[:, 2 * slots + d - 1]  # the input that says "d features"
-        token = F.linear(summary, weight[:, -3:], self.embed_task.bias + which)
+        token = F.linear(summary, weight[:, -4:], self.embed_task.bias + which)
         if known is not None:
-            latents = torch.cat([known.nan_to_num(0.0), ~known.isnan()], dim=-1)
-            token = token + F.linear(latents, weight[:, : 2 * slots])
+            token = token + F.linear(known[:, : 2 * slots], weight[:, : 2 * slots])
         return token.unsqueeze(1)
 
 
@@ -415,19 +492,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
 
 
 def _mixture_head(config: TransformerConfig) -> nn.Linear:
-    """A linear head that starts as a broad mixture with spread means."""
+    """A linear head that starts close to what the experts say."""
     head = nn.Linear(config.width, 3 * config.components)
     nn.init.normal_(head.weight, std=0.02)
-    with torch.no_grad():
-        _, means, _ = head.bias.zero_().chunk(3)
-        means.copy_(torch.linspace(-1.5, 1.5, config.components))
+    nn.init.zeros_(head.bias)
     return head
 
 
-def _to_mixture(raw: Tensor) -> Mixture:
-    """Log weights, means and log standard deviations, the last within -10 .. 10."""
-    weights, means, log_stds = _full(raw).chunk(3, dim=-1)
-    return Mixture(weights.log_softmax(-1), means, 10 * torch.tanh(log_stds / 10))
+def _around(final: Final, variance: Tensor, head: nn.Linear) -> Mixture:
+    """One component around each expert's answer, moved and stretched as the head says."""
+    logits, shift, stretch = _full(head(final.tokens[:, : variance.shape[1]])).chunk(3, dim=-1)
+    std = variance.sqrt()
+    means = (final.forecast.mean + std * shift).to(logits)
+    log_stds = std.log().to(logits) + 10 * torch.tanh(stretch / 10)
+    return Mixture((logits + final.log_odds).log_softmax(-1), means, log_stds)
 
 
 def _full(value: Tensor) -> Tensor:

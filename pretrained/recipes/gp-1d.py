@@ -22,11 +22,10 @@ prior = GaussianProcess(
 config = PretrainConfig(
     max_features=1,
     max_context=256,
-    width=96,
-    layers=8,
-    heads=6,
-    expansion=2,
+    width=128,
+    heads=8,
+    components=9,
     fourier_octaves=6,  # the shortest period is 1/16 of the box
     lr=5e-3,
-    seconds=3800,
+    seconds=1800,
 )

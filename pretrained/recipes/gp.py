@@ -25,11 +25,7 @@ prior = GaussianProcess(
 config = PretrainConfig(
     max_features=12,
     max_context=256,
-    width=96,
-    layers=8,
-    heads=6,
-    expansion=2,
     fourier_octaves=3,
     lr=5e-3,
-    seconds=5600,
+    seconds=4200,
 )

@@ -257,7 +257,7 @@ def test_an_untrained_network_gets_a_certificate_that_json_can_hold() -> None:
     reports: list[Progress] = []
     certificate = certify(
         pfn,
-        tasks=6,
+        tasks=40,
         queries=8,
         coverage_tasks=40,
         command="pfn certify tiny",

@@ -9,7 +9,7 @@ from torch.distributions import Distribution, Normal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pfn.monitor import Monitor, gap, held_out, training_flops
+from pfn.monitor import Monitor, forward_products, gap, held_out, training_flops
 from pfn.pretrain import PretrainConfig, Progress, Sizes, architecture, draw_lesson, loss
 from pfn.transformer import Transformer
 from priors import GaussianProcess, Tasks
@@ -38,7 +38,7 @@ class White:
 
 
 @pytest.mark.parametrize(
-    "sizes", [Sizes(4, 40, 0, 2, False), Sizes(4, 30, 10, 3, False), Sizes(4, 40, 0, 3, True)]
+    "sizes", [Sizes(2, 200, 0, 2, False), Sizes(2, 150, 50, 3, False), Sizes(2, 200, 0, 3, True)]
 )
 def test_flops_are_those_that_torch_counts(sizes: Sizes) -> None:
     prior = GaussianProcess()
@@ -55,9 +55,15 @@ def test_flops_are_those_that_torch_counts(sizes: Sizes) -> None:
     pairs = n**2 + (k + m) * (n + k)
     # Values are padded to the length of the keys, which hold d + 2 numbers more per head.
     padding = 2 * CONFIG.layers * sizes.batch * pairs * CONFIG.heads * (sizes.features + 2)
-    expected = counter.get_total_flops() - padding
-    found = training_flops(network, sizes, CONFIG.queries) / 3
-    assert found == pytest.approx(expected, rel=0.005)  # the task token's own layers are left out
+    d, solves = sizes.features, network.components * (network.refinements + 1)
+    distances = 2 * sizes.batch * solves * sizes.context**2 * (d + 1)
+    slopes = 2 * sizes.batch * network.components * network.refinements * sizes.context**2 * d
+    expected = counter.get_total_flops() - padding - distances - slopes
+    found = forward_products(network, sizes, CONFIG.queries)
+    assert found == pytest.approx(expected, rel=0.02)  # the task token's own layers are left out
+    cubic = sizes.batch * network.components * sizes.context**3 * (network.refinements + 1 + 4)
+    rest = 2 * distances + slopes
+    assert training_flops(network, sizes, CONFIG.queries) - 3 * found - cubic < rest
 
 
 def test_gap_is_the_mean_difference_of_log_densities() -> None:

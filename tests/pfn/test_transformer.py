@@ -1,21 +1,32 @@
 """Who attends to whom, what is inert, and how the network starts.
 
 The networks here have random weights in float64, so that "does not depend" means to rounding: the
-sums of a few small layers, some thousand machine epsilons.
+sums of a few small layers and a solve with a condition number of some thousands.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import pfn.transformer
-from pfn.transformer import Latent, Transformer, TransformerConfig, attend, place
+from pfn.experts import Forecast
+from pfn.transformer import (
+    Encoded,
+    Final,
+    Latent,
+    Transformer,
+    TransformerConfig,
+    attend,
+    place,
+)
 
-ROUNDING = 1e-12
+ROUNDING = 1e-9
 LATENTS = (
     Latent("lengthscale", per_feature=True, positive=True),
     Latent("noise", positive=True),
@@ -39,13 +50,27 @@ def random_network() -> Transformer:
     """Random everywhere: at its own initialisation no block would do anything."""
     torch.manual_seed(0)
     network = Transformer(CONFIG).double().eval().requires_grad_(False)
-    for parameter in network.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))
+    for name, parameter in network.named_parameters():
+        size = 0.05 if name.startswith("experts.") else 0.3  # no extreme hyperparameters
+        parameter.add_(size * torch.randn_like(parameter))
     return network
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def everything(network: Transformer, final: Final) -> Tensor:
+    """All that the network says of queries, then of latents, side by side (b, m + slots, ...)."""
+    m = final.forecast.mean.shape[1]
+    mixtures = [*network.mixture_y(final), *network.mixture_f(final)]
+    queries = torch.cat([final.tokens[:, :m], *mixtures], -1)
+    latents = F.pad(final.tokens[:, m:], (0, queries.shape[-1] - CONFIG.width))
+    return torch.cat([queries, latents], 1)
+
+
+def decode(network: Transformer, encoded: Encoded, x_query: Tensor, **options: Any) -> Tensor:
+    return everything(network, network.decode(encoded, x_query, **options))
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -55,40 +80,40 @@ def close(a: Tensor, b: Tensor) -> bool:
 def test_context_order_does_not_matter() -> None:
     network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-    one = network.decode(network.encode(x, y), x_query)
-    other = network.decode(network.encode(x[:, order], y[:, order]), x_query)
+    one = decode(network, network.encode(x, y), x_query)
+    other = decode(network, network.encode(x[:, order], y[:, order]), x_query)
     assert close(one, other)
-    swapped = network.decode(network.encode(x, y[:, order]), x_query)
+    swapped = decode(network, network.encode(x, y[:, order]), x_query)
     assert not torch.allclose(one, swapped, rtol=1e-3)  # but which y belongs to which x does
 
 
 def test_no_query_depends_on_other_queries() -> None:
     network, x_query = random_network(), draw(2, 5, 2, seed=1)
     encoded = network.encode(draw(2, 7, 2), draw(2, 7))
-    together = network.decode(encoded, x_query)
+    together = decode(network, encoded, x_query)
     changed = x_query.clone()
     changed[:, 1:] = 3 * draw(2, 4, 2, seed=2)
-    assert close(network.decode(encoded, changed)[:, 0], together[:, 0])
+    assert close(decode(network, encoded, changed)[:, 0], together[:, 0])
     for j in range(5):
-        assert close(network.decode(encoded, x_query[:, j : j + 1]), together[:, j : j + 1])
+        assert close(decode(network, encoded, x_query[:, j : j + 1]), together[:, j : j + 1])
 
 
 def test_one_pass_answers_as_an_encoded_context() -> None:
     network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
     known = torch.full((2, CONFIG.latent_slots), torch.nan, dtype=torch.float64)
     known[:, 3] = 0.7
-    final, scaling = network.answer(x, y, known, x_query, latents=True)
-    encoded = network.encode(x, y, known)
-    assert close(final, network.decode(encoded, x_query, latents=True))
+    final, scaling = network.answer(x, y, known, True, x_query, latents=True)
+    encoded = network.encode(x, y, known, True)
+    assert close(everything(network, final), decode(network, encoded, x_query, latents=True))
     assert torch.equal(torch.stack(scaling), torch.stack(encoded.scaling))
 
 
 def test_no_task_depends_on_the_others_of_its_batch() -> None:
     network, x, y, x_query = random_network(), draw(4, 7, 2), draw(4, 7), draw(4, 5, 2, seed=1)
-    together = network.decode(network.encode(x, y), x_query)
+    together = decode(network, network.encode(x, y), x_query)
     for i in range(4):
         one = slice(i, i + 1)
-        assert close(network.decode(network.encode(x[one], y[one]), x_query[one]), together[one])
+        assert close(decode(network, network.encode(x[one], y[one]), x_query[one]), together[one])
 
 
 def test_a_query_that_sees_no_buffer_answers_as_without_one() -> None:
@@ -97,8 +122,8 @@ def test_a_query_that_sees_no_buffer_answers_as_without_one() -> None:
     added = (draw(2, 4, 2, seed=2), draw(2, 4, seed=3))
     visible = torch.tensor([0, 4, 0, 2, 0])
     unseeing = visible == 0
-    plain = network.decode(encoded, x_query)
-    buffered = network.decode(encoded, x_query, buffer=added, visible=visible)
+    plain = decode(network, encoded, x_query)
+    buffered = decode(network, encoded, x_query, buffer=added, visible=visible)
     assert close(buffered[:, unseeing], plain[:, unseeing])
     assert not torch.allclose(buffered[:, ~unseeing], plain[:, ~unseeing], rtol=1e-3)
 
@@ -109,15 +134,15 @@ def test_a_query_sees_exactly_its_prefix_of_the_buffer() -> None:
     x, y = draw(2, 4, 2, seed=2), draw(2, 4, seed=3)
     for seen in range(1, 5):
         visible = torch.tensor([seen])
-        answer = network.decode(encoded, x_query, buffer=(x, y), visible=visible)
+        answer = decode(network, encoded, x_query, buffer=(x, y), visible=visible)
         prefix = (x[:, :seen], y[:, :seen])
-        assert close(network.decode(encoded, x_query, buffer=prefix, visible=visible), answer)
+        assert close(decode(network, encoded, x_query, buffer=prefix, visible=visible), answer)
         later = y.clone()
         later[:, seen:] += 10
-        assert close(network.decode(encoded, x_query, buffer=(x, later), visible=visible), answer)
+        assert close(decode(network, encoded, x_query, buffer=(x, later), visible=visible), answer)
         last = y.clone()
         last[:, seen - 1] += 10
-        moved = network.decode(encoded, x_query, buffer=(x, last), visible=visible)
+        moved = decode(network, encoded, x_query, buffer=(x, last), visible=visible)
         assert not torch.allclose(moved, answer, rtol=1e-3)
 
 
@@ -164,9 +189,10 @@ def test_latent_queries_see_the_context_only() -> None:
     network = random_network()
     x, y = draw(2, 7, 2), draw(2, 7)
     encoded = network.encode(x, y)
-    alone = network.decode(encoded, draw(2, 0, 2), latents=True)
-    assert alone.shape == (2, CONFIG.latent_slots, CONFIG.width)
-    beside = network.decode(
+    alone = decode(network, encoded, draw(2, 0, 2), latents=True)
+    assert alone.shape[:2] == (2, CONFIG.latent_slots)
+    beside = decode(
+        network,
         encoded,
         draw(2, 3, 2, seed=4),
         buffer=(draw(2, 2, 2, seed=5), draw(2, 2, seed=6)),
@@ -174,7 +200,7 @@ def test_latent_queries_see_the_context_only() -> None:
         latents=True,
     )
     assert close(beside[:, 3:], alone)
-    elsewhere = network.decode(network.encode(x, y + 1), draw(2, 0, 2), latents=True)
+    elsewhere = decode(network, network.encode(x, y + 1), draw(2, 0, 2), latents=True)
     assert not torch.allclose(elsewhere, alone, rtol=1e-3)
 
 
@@ -184,7 +210,7 @@ def test_an_empty_context_gives_the_prior_predictive() -> None:
     assert torch.equal(encoded.scaling.center, torch.full((2,), 0.5, dtype=torch.float64))
     assert torch.equal(encoded.scaling.scale, torch.full((2,), 2.0, dtype=torch.float64))
     final = network.decode(encoded, draw(2, 5, 2), latents=True)
-    latents, logits = network.latent_head(final[:, 5:])
+    latents, logits = network.latent_head(final)
     for value in (*network.mixture_y(final), *network.mixture_f(final), *latents, logits):
         assert value.isfinite().all()
 
@@ -192,32 +218,37 @@ def test_an_empty_context_gives_the_prior_predictive() -> None:
 def test_latents_marked_unknown_are_as_none() -> None:
     network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
     unknown = torch.full((2, CONFIG.latent_slots), torch.nan, dtype=torch.float64)
-    plain = network.decode(network.encode(x, y), x_query)
-    assert torch.equal(network.decode(network.encode(x, y, unknown), x_query), plain)
+    plain = decode(network, network.encode(x, y), x_query)
+    assert torch.equal(decode(network, network.encode(x, y, unknown), x_query), plain)
 
 
 @pytest.mark.parametrize("slot", range(CONFIG.latent_slots))
 def test_a_revealed_latent_changes_the_answer_even_when_it_is_zero(slot: int) -> None:
     network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
     known = torch.full((2, CONFIG.latent_slots), torch.nan, dtype=torch.float64)
-    answers = [network.decode(network.encode(x, y), x_query)]
+    answers = [decode(network, network.encode(x, y), x_query)]
     for value in (0.0, 1.0):
         known[:, slot] = value
-        answers.append(network.decode(network.encode(x, y, known), x_query))
+        answers.append(decode(network, network.encode(x, y, known), x_query))
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert not torch.allclose(answers[i], answers[j], rtol=1e-3)
 
 
 def test_features_beyond_d_are_inert() -> None:
     network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
-    before = network.decode(network.encode(x, y), x_query)
+    before = decode(network, network.encode(x, y), x_query)
     waves = 1 + 2 * CONFIG.fourier_octaves  # inputs of `embed_x` per feature
     unused = [*range(2 * waves, 3 * waves), 3 * waves + 0, 3 * waves + 2]
     network.embed_x.weight[:, unused] = 100.0
     for block in network.blocks:
         precisions = block.to_metric.weight.unflatten(0, (CONFIG.heads, 3))
         precisions[:, 2] = 100.0
-    assert torch.equal(network.decode(network.encode(x, y), x_query), before)
+    experts, slots = network.experts, (CONFIG.components, 6)
+    for layer in (experts.to_start, experts.to_gain):
+        layer.weight.unflatten(0, slots)[:, 2] = 100.0
+    for layer in (experts.to_task, experts.to_latent):
+        layer.weight[:, 2 * CONFIG.components :].unflatten(1, slots)[:, :, 2] = 100.0
+    assert torch.equal(decode(network, network.encode(x, y), x_query), before)
 
 
 def test_every_block_starts_as_the_identity() -> None:
@@ -287,29 +318,46 @@ def test_scaling_shrinks_the_moments_of_y_to_the_priors_by_a_tenth_of_a_point() 
     torch.testing.assert_close(scaling.scale.square(), variance)
 
 
-def test_heads_give_mixtures() -> None:
+def test_the_network_knows_whether_the_context_set_its_units() -> None:
+    network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
+    own = decode(network, network.encode(x, y), x_query)
+    other = decode(network, network.encode(x, y, standardized=True), x_query)
+    assert not torch.allclose(own, other, rtol=1e-3)
+
+
+def test_heads_give_mixtures_around_the_experts() -> None:
     network = random_network()
-    final = 1e6 * (draw(2, 5, 16) - 0.5)  # far beyond what a norm lets through
+    tokens = 1e6 * (draw(2, 5 + CONFIG.latent_slots, 16) - 0.5)  # beyond what a norm lets through
+    said = Forecast(*(draw(2, m, 3, seed=m) for m in (5, 5, 1, 1)))
+    final = Final(tokens, said, draw(2, 1, 3, seed=2))
     latents, logits = network.latent_head(final)
-    for mixture in (network.mixture_y(final), network.mixture_f(final), latents):
-        assert all(value.shape == (2, 5, CONFIG.components) for value in mixture)
+    slots = CONFIG.latent_slots
+    for mixture, m in (
+        (network.mixture_y(final), 5),
+        (network.mixture_f(final), 5),
+        (latents, slots),
+    ):
+        assert all(value.shape == (2, m, CONFIG.components) for value in mixture)
         total = mixture.log_weights.logsumexp(-1)
         torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=ROUNDING)
-        assert mixture.log_stds.abs().max() <= 10
-    assert logits.shape == (2, 5)
+        assert mixture.log_stds.abs().max() <= 15  # of the experts' at most 5, stretched by 10
+    assert logits.shape == (2, slots)
     assert not torch.equal(network.mixture_y(final).means, network.mixture_f(final).means)
 
 
-def test_a_new_network_starts_broad() -> None:
+def test_a_new_network_says_what_its_experts_say() -> None:
     torch.manual_seed(0)
     network = Transformer(CONFIG).requires_grad_(False)
-    final = network.decode(
-        network.encode(torch.rand(2, 7, 2), torch.rand(2, 7)), torch.rand(2, 5, 2)
-    )
-    mixture = network.mixture_y(final)  # of weights with standard deviation 0.02 on 16 unit entries
-    noise = 4 * 0.02 * math.sqrt(16) + 1e-6
-    assert (mixture.means - torch.linspace(-1.5, 1.5, 3)).abs().max() < noise
-    assert mixture.log_stds.abs().max() < noise
+    encoded = network.encode(torch.rand(2, 7, 2), torch.rand(2, 7))
+    final = network.decode(encoded, torch.rand(2, 5, 2))
+    noise = 4 * 0.02 * math.sqrt(16) + 1e-6  # of head weights of 0.02 on 16 unit entries
+    for mixture, variance in (
+        (network.mixture_y(final), final.forecast.variance + final.forecast.noise),
+        (network.mixture_f(final), final.forecast.variance),
+    ):
+        away = (mixture.means - final.forecast.mean) / variance.sqrt()
+        assert away.abs().max() < noise
+        assert (mixture.log_stds - 0.5 * variance.log()).abs().max() < noise
 
 
 def test_attention_is_in_float32_under_autocast() -> None:
