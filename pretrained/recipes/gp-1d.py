@@ -27,5 +27,5 @@ config = PretrainConfig(
     components=9,
     fourier_octaves=6,  # the shortest period is 1/16 of the box
     lr=5e-3,
-    seconds=1800,
+    seconds=2700,
 )
