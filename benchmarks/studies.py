@@ -58,6 +58,7 @@ class Variant:
     def config(self, cpu_seconds: float) -> PretrainConfig:
         """The trainer's settings: a small network, and none of the auxiliary tasks."""
         return PretrainConfig(
+            max_features=12 if self.prior == "gp" else 1,
             width=64,
             layers=self.layers,
             heads=4,
@@ -89,9 +90,9 @@ STUDIES: dict[str, dict[str, Variant]] = {
         **{f"Muon, lr {lr}": Variant(lr=lr) for lr in (2.5e-3, 5e-3)},
         **{f"AdamW, lr {lr}": Variant(muon=False, lr=lr) for lr in (2.5e-3, 5e-3)},
     },
-    "refinements": {f"{count} refinements": Variant(refinements=count) for count in (0, 1, 3, 5)},
-    "experts": {f"{count} experts": Variant(components=count) for count in (3, 6, 9)},
-    "layers": {f"{count} layers": Variant(layers=count) for count in (1, 3, 6)},
+    "refinements": {f"{count} refinements": Variant("gp", refinements=count) for count in range(5)},
+    "experts": {f"{count} experts": Variant("gp", components=count) for count in (3, 6, 9)},
+    "layers": {f"{count} layers": Variant("gp", layers=count) for count in (1, 3, 6)},
     "loss": {
         "8 draws from each query's conditional": Variant(),
         "one draw per query": Variant(single_draws=True),
@@ -138,8 +139,9 @@ def _inverse_chi(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def make_prior(name: str) -> Prior:
-    recipe: GaussianProcess = runpy.run_path(str(RECIPES / "gp-1d.py"))["prior"]
-    return recipe if name == "gp-1d" else HeavyTails(recipe)
+    file = "gp.py" if name == "gp" else "gp-1d.py"
+    recipe: GaussianProcess = runpy.run_path(str(RECIPES / file))["prior"]
+    return HeavyTails(recipe) if name == "heavy-tails" else recipe
 
 
 # Heads: from `size` numbers per query to a log density in the network's normalised units of y
@@ -328,9 +330,9 @@ def judge(network: Network, variant: Variant, batch: int) -> dict[str, Any]:
 
 
 def reference(name: str, path: Path, batch: int) -> float | None:
-    """The loss of the exact posterior on the same tasks, where the prior has one."""
+    """The loss of the exact posterior on the same tasks, where the prior has it in seconds."""
     prior = make_prior(name)
-    if not isinstance(prior, ReferencePrior):
+    if not isinstance(prior, ReferencePrior) or name == "gp":
         return None
     settings = architecture(prior, Variant().config(1.0))
     by_n = []
@@ -349,7 +351,8 @@ def reference(name: str, path: Path, batch: int) -> float | None:
 
 
 def held_out(prior: Prior, settings: TransformerConfig, n: int, batch: int) -> Lesson:
-    sizes = Sizes(batch, context=n, buffer=0, features=1, latents=False)
+    features = min(5, settings.max_features)
+    sizes = Sizes(batch, context=n, buffer=0, features=features, latents=False)
     return _lesson(prior, settings, Variant().config(1.0), sizes, HELD_OUT + n)
 
 
