@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from priors import Prior
 
 CHUNK = 2**20  # numbers that one pass keeps for each expert: bounds memory for a million queries
 
+MATRICES = 2**22  # entries of each expert's matrices at a time, 32 MiB: bounds it for many tasks
+
 
 class Ready(NamedTuple):
     """A checked context and its units, and the same in the prior's units for the network."""
@@ -41,6 +43,17 @@ class Ready(NamedTuple):
     @property
     def network_inputs(self) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         return self.x, self.y, self.known, self.standardized
+
+    def groups(
+        self, x_query: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, bool, Tensor]]:
+        """`network_inputs` and queries (b, m, d), some tasks at a time."""
+        b, n = self.y.shape
+        size = max(1, MATRICES // (1 + n) ** 2)
+        for start in range(0, max(1, b), size):
+            some = slice(start, start + size)
+            known = None if self.known is None else self.known[some]
+            yield self.x[some], self.y[some], known, self.standardized, x_query[some]
 
     @property
     def chunk(self) -> int:
@@ -87,8 +100,11 @@ class PFN:
             return self._encode(ready).predict(x_query, latent=latent)
         mapped = ready.units.map_x(x.to(ready.x.device)).to(ready.x.dtype)
         with _recording(mapped, ready.x, ready.y, ready.known):
-            final, inner = self.transformer.answer(*ready.network_inputs, mapped)
-            mixture = _mixture(self.transformer, final, latent)
+            answers = [self.transformer.answer(*group) for group in ready.groups(mapped)]
+            mixtures = [_mixture(self.transformer, final, latent) for final, _ in answers]
+            mixture = Mixture(*(torch.cat(part) for part in zip(*mixtures, strict=True)))
+            scalings = zip(*(scaling for _, scaling in answers), strict=True)
+            inner = Scaling(*(torch.cat(part) for part in scalings))
             return _predictive(mixture, inner, ready, x.device, dtype)
 
     def condition(

@@ -316,6 +316,22 @@ def test_many_queries_are_answered_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     assert sizes == [4, 4, 3]
 
 
+def test_many_tasks_are_answered_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, x_query = draw(5, 7, 2), draw(5, 7), draw(5, 4, 2, seed=1)
+    whole = MODEL.predict((x, y), x_query, given={"noise": draw(5, 1).exp()})
+    sizes = []
+    answer = MODEL.transformer.answer
+
+    def record(x: Tensor, *rest: Any) -> Any:
+        sizes.append(len(x))
+        return answer(x, *rest)
+
+    monkeypatch.setattr(pfn.model, "MATRICES", 2 * 8**2)
+    monkeypatch.setattr(MODEL.transformer, "answer", record)
+    assert_same(MODEL.predict((x, y), x_query, given={"noise": draw(5, 1).exp()}), whole)
+    assert sizes == [2, 2, 1]
+
+
 def test_no_queries_get_no_answers() -> None:
     posterior = MODEL.predict((draw(7, 2), draw(7)), np.zeros((0, 2)))
     assert posterior.batch_shape == (0,) and posterior.mean.shape == (0,)
