@@ -8,9 +8,9 @@ and the components of the predictive mixture. The rest of the network weighs the
 corrects them where the prior is none of them.
 
 Shapes: b tasks, e experts, n context points, k buffer points, m queries, d features, w width.
-Distances and solving are in float64, everything else in the network's dtype: rounding a correlation
-to float32 moves an answer by at most 6e-8 sqrt(n) / `RIDGE` of its standard deviation, and that
-only where an expert is as sure as it may be. Start at `Experts`.
+Distances and solving are in float64, everything else in the network's dtype: rounding correlations
+to float32 moves an answer by some 6e-8 sqrt(n) / noise of its standard deviation, which matters
+only where an expert's noise is about `RIDGE`. Start at `Experts`.
 """
 
 from __future__ import annotations

@@ -261,7 +261,7 @@ def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     """The training loss, and for people: the loss of y alone and its excess over known latents.
 
     Expected negative log density of y, in nats per query, plus half of f's and a tenth of the
-    latents'.
+    latents'. Draws that surprise by more than `SHOCK` nats count less.
     """
     context = (lesson.x, lesson.y, lesson.known, lesson.standardized)
     latents = lesson.latents is not None

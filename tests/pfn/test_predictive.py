@@ -53,7 +53,9 @@ def integral(
     return (f(y) * (weights * width / 2).repeat(panels)[:, None]).sum(0)
 
 
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10, atol: float = 1e-12) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, rtol: float = 1e-10, atol: float = 1e-12
+) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
@@ -62,20 +64,20 @@ def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10, atol: float = 1
 
 def test_the_density_integrates_to_one() -> None:
     q = predictive()
-    close(integral(lambda y: q.log_prob(y).exp()), torch.ones(4, dtype=torch.float64))
+    assert_close(integral(lambda y: q.log_prob(y).exp()), torch.ones(4, dtype=torch.float64))
 
 
 def test_mean_and_variance_are_moments_of_the_density() -> None:
     q = predictive()
-    close(q.mean, integral(lambda y: y * q.log_prob(y).exp()))
-    close(q.variance, integral(lambda y: (y - q.mean).square() * q.log_prob(y).exp()))
-    close(q.stddev, q.variance.sqrt())
+    assert_close(q.mean, integral(lambda y: y * q.log_prob(y).exp()))
+    assert_close(q.variance, integral(lambda y: (y - q.mean).square() * q.log_prob(y).exp()))
+    assert_close(q.stddev, q.variance.sqrt())
 
 
 def test_entropy_is_the_integral_to_its_stated_error() -> None:
     q = predictive()
     expected = -integral(lambda y: q.log_prob(y).exp() * q.log_prob(y))
-    close(q.entropy(), expected, rtol=0, atol=1e-5)
+    assert_close(q.entropy(), expected, rtol=0, atol=1e-5)
 
 
 def test_entropy_of_one_normal_and_of_remote_components_is_known() -> None:
@@ -83,8 +85,8 @@ def test_entropy_of_one_normal_and_of_remote_components_is_known() -> None:
     normal = Predictive(torch.zeros(1), torch.tensor([5.0]), std)
     remote = Predictive(torch.zeros(3), torch.tensor([-1e5, 0.0, 1e5]), scales)
     of_unit = 0.5 * math.log(2 * math.pi * math.e)
-    close(normal.entropy(), of_unit + std.log()[0], rtol=0, atol=1e-5)
-    close(remote.entropy(), of_unit + math.log(3) + scales.log().mean(), rtol=0, atol=1e-5)
+    assert_close(normal.entropy(), of_unit + std.log()[0], rtol=0, atol=1e-5)
+    assert_close(remote.entropy(), of_unit + math.log(3) + scales.log().mean(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("y", [-3.2, 0.0, 0.21, 4.5])
@@ -92,9 +94,9 @@ def test_cdf_and_probability_of_improvement_are_integrals_from_either_side(y: fl
     q = predictive()
     below = integral(lambda t: q.log_prob(t).exp(), upper=y)
     above = integral(lambda t: q.log_prob(t).exp(), lower=y)
-    close(q.cdf(y), below)
-    close(q.probability_of_improvement(y), above)
-    close(q.probability_of_improvement(y, maximize=False), below)
+    assert_close(q.cdf(y), below)
+    assert_close(q.probability_of_improvement(y), above)
+    assert_close(q.probability_of_improvement(y, maximize=False), below)
 
 
 @pytest.mark.parametrize("best", [-4.0, 0.2, 5.0])
@@ -102,10 +104,10 @@ def test_expected_improvement_is_an_integral_in_both_directions(best: float) -> 
     q = predictive()
     above = integral(lambda y: (y - best) * q.log_prob(y).exp(), lower=best)
     below = integral(lambda y: (best - y) * q.log_prob(y).exp(), upper=best)
-    close(q.expected_improvement(best), above)
-    close(q.expected_improvement(best, maximize=False), below)
-    close(q.log_expected_improvement(best), above.log())
-    close(q.log_expected_improvement(best, maximize=False), below.log())
+    assert_close(q.expected_improvement(best), above)
+    assert_close(q.expected_improvement(best, maximize=False), below)
+    assert_close(q.log_expected_improvement(best), above.log())
+    assert_close(q.log_expected_improvement(best, maximize=False), below.log())
 
 
 @pytest.mark.parametrize("value", [-3.2, 0.2, 5.0])
@@ -113,16 +115,16 @@ def test_crps_is_the_squared_distance_of_the_cdf_to_a_step(value: float) -> None
     q = predictive()
     below = integral(lambda y: q.cdf(y).square(), upper=value)
     above = integral(lambda y: q.probability_of_improvement(y).square(), lower=value)
-    close(q.crps(value), below + above)
+    assert_close(q.crps(value), below + above)
 
 
 def test_torch_agrees_where_it_has_the_method() -> None:
     log_weights, means, stds = parameters()
     theirs = MixtureSameFamily(Categorical(logits=log_weights), Normal(means, stds))
     q, y = predictive(), torch.linspace(-6, 8, 29, dtype=torch.float64).unsqueeze(-1)
-    close(q.log_prob(y), theirs.log_prob(y))
-    close(q.cdf(y), theirs.cdf(y))
-    close(q.mean, theirs.mean)
+    assert_close(q.log_prob(y), theirs.log_prob(y))
+    assert_close(q.cdf(y), theirs.cdf(y))
+    assert_close(q.mean, theirs.mean)
 
 
 # Mode and quantiles
@@ -166,7 +168,7 @@ def test_the_cdf_inverts_quantiles() -> None:
 def test_quantiles_of_one_normal_are_exact() -> None:
     q = Predictive(torch.zeros(1), torch.tensor([2.0]).double(), torch.tensor([3.0]).double())
     p = torch.tensor([0.001, 0.3, 0.5, 0.975], dtype=torch.float64)
-    close(q.icdf(p), Normal(q.means[0], q.stds[0]).icdf(p), rtol=1e-13)
+    assert_close(q.icdf(p), Normal(q.means[0], q.stds[0]).icdf(p), rtol=1e-13)
 
 
 def test_quantiles_broadcast_and_reach_infinity() -> None:
@@ -174,7 +176,7 @@ def test_quantiles_broadcast_and_reach_infinity() -> None:
     y = q.icdf(p)
     assert y.shape == (3, 4)
     assert y[0].eq(-torch.inf).all() and y[2].eq(torch.inf).all()
-    close(y[1], q.icdf(0.2))
+    assert_close(y[1], q.icdf(0.2))
     assert q.icdf(torch.rand(5, 2, 1, 1)).shape == (5, 2, 1, 4)
 
 
@@ -188,8 +190,8 @@ def test_a_quantile_in_the_empty_gap_between_components_is_finite_with_its_gradi
 def test_intervals_hold_their_mass_with_equal_tails() -> None:
     q = predictive()
     lower, upper = q.interval(0.8)
-    close(q.cdf(lower), torch.full((4,), 0.1, dtype=torch.float64))
-    close(q.probability_of_improvement(upper), torch.full((4,), 0.1, dtype=torch.float64))
+    assert_close(q.cdf(lower), torch.full((4,), 0.1, dtype=torch.float64))
+    assert_close(q.probability_of_improvement(upper), torch.full((4,), 0.1, dtype=torch.float64))
 
 
 # Draws
@@ -234,7 +236,7 @@ def test_gradients_of_a_draw_follow_its_quantile() -> None:
                              enumerate(leaves))).icdf(p)
                 for s in (1, -1)
             ]  # fmt: skip
-            close(gradient[:, k], (moved[0] - moved[1]) / 2e-6, rtol=1e-5, atol=1e-6)
+            assert_close(gradient[:, k], (moved[0] - moved[1]) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
 def test_averaged_gradients_of_draws_are_the_gradients_of_moments() -> None:
@@ -304,13 +306,13 @@ def test_minimising_is_maximising_the_mirror_image() -> None:
     log_weights, means, stds = parameters()
     q, mirror = Predictive(log_weights, means, stds), Predictive(log_weights, -means, stds)
     for name in ("expected_improvement", "probability_of_improvement", "log_expected_improvement"):
-        close(getattr(q, name)(0.3, maximize=False), getattr(mirror, name)(-0.3))
-    close(q.upper_confidence_bound(maximize=False), mirror.upper_confidence_bound())
+        assert_close(getattr(q, name)(0.3, maximize=False), getattr(mirror, name)(-0.3))
+    assert_close(q.upper_confidence_bound(maximize=False), mirror.upper_confidence_bound())
 
 
 def test_upper_confidence_bound_takes_botorchs_beta() -> None:
     q = predictive()
-    close(q.upper_confidence_bound(beta=9.0), q.mean + 3 * q.stddev)
+    assert_close(q.upper_confidence_bound(beta=9.0), q.mean + 3 * q.stddev)
 
 
 # Gradients, units, precision
@@ -346,24 +348,24 @@ def test_changing_units_changes_the_answers_with_them(scale: float) -> None:
     q, loc, y = predictive(), 3 * scale, torch.tensor([0.3, -2.0, 0.21, 1.0], dtype=torch.float64)
     mapped, log_scale = q.affine(loc, scale), math.log(scale)
     best = loc + scale * y
-    close(mapped.mean / scale, 3 + q.mean)
-    close(mapped.mode / scale, 3 + q.mode, atol=1e-7)
-    close(mapped.stddev / scale, q.stddev)
-    close(mapped.variance / scale**2, q.variance)
-    close(mapped.entropy() - log_scale, q.entropy())
-    close(mapped.log_prob(best) + log_scale, q.log_prob(y))
-    close(mapped.cdf(best), q.cdf(y))
-    close(mapped.icdf(0.07) / scale, 3 + q.icdf(0.07))
-    close(mapped.crps(best) / scale, q.crps(y))
-    close(mapped.expected_improvement(best) / scale, q.expected_improvement(y))
-    close(mapped.log_expected_improvement(best) - log_scale, q.log_expected_improvement(y))
-    close(mapped.probability_of_improvement(best), q.probability_of_improvement(y))
+    assert_close(mapped.mean / scale, 3 + q.mean)
+    assert_close(mapped.mode / scale, 3 + q.mode, atol=1e-7)
+    assert_close(mapped.stddev / scale, q.stddev)
+    assert_close(mapped.variance / scale**2, q.variance)
+    assert_close(mapped.entropy() - log_scale, q.entropy())
+    assert_close(mapped.log_prob(best) + log_scale, q.log_prob(y))
+    assert_close(mapped.cdf(best), q.cdf(y))
+    assert_close(mapped.icdf(0.07) / scale, 3 + q.icdf(0.07))
+    assert_close(mapped.crps(best) / scale, q.crps(y))
+    assert_close(mapped.expected_improvement(best) / scale, q.expected_improvement(y))
+    assert_close(mapped.log_expected_improvement(best) - log_scale, q.log_expected_improvement(y))
+    assert_close(mapped.probability_of_improvement(best), q.probability_of_improvement(y))
 
 
 def test_affine_takes_a_map_per_element_and_widens_the_dtype() -> None:
     low, high = predictive(torch.float32), predictive()
     scale = torch.tensor([1.0, 1e-60, 2.0, 1e60], dtype=torch.float64)
-    close(low.affine(0.0, scale).stddev / scale, high.stddev, rtol=1e-6)
+    assert_close(low.affine(0.0, scale).stddev / scale, high.stddev, rtol=1e-6)
     assert low.affine(1.0, 2.0).mean.dtype == torch.float32
 
 
@@ -371,7 +373,7 @@ def test_a_large_common_offset_costs_the_variance_no_digits() -> None:
     offset, means = 2.0**40, torch.tensor([0.0, 0.125, 0.5], dtype=torch.float64)
     stds = torch.full((3,), 1e-3, dtype=torch.float64)
     near, far = Predictive(stds.log(), means, stds), Predictive(stds.log(), means + offset, stds)
-    close(far.variance, near.variance, rtol=1e-14, atol=0)
+    assert_close(far.variance, near.variance, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -405,7 +407,7 @@ def test_float32_parameters_give_float32_answers_to_their_precision(name: str) -
     high = Predictive(low.log_weights.double(), low.means.double(), low.stds.double())
     answer = method(low)
     assert answer.dtype == torch.float32
-    close(answer.double(), method(high), rtol=1e-6, atol=1e-7)
+    assert_close(answer.double(), method(high), rtol=1e-6, atol=1e-7)
 
 
 # Shapes, copies, errors
@@ -423,16 +425,16 @@ def test_values_and_incumbents_broadcast_against_the_batch() -> None:
     q, y = predictive(), torch.linspace(-1, 1, 7).unsqueeze(-1)
     for method in (q.log_prob, q.cdf, q.crps, q.expected_improvement, q.log_expected_improvement):
         assert method(y).shape == (7, 4)
-        close(method(y)[3], method(y[3]))
+        assert_close(method(y)[3], method(y[3]))
     assert q.sample((7, 2)).shape == q.rsample((7, 2)).shape == (7, 2, 4)
 
 
 def test_expanding_and_indexing_select_the_same_mixtures() -> None:
     q = predictive()
     assert q.expand((3, 4)).batch_shape == (3, 4)
-    close(q.expand((3, 4))[2, 1].mean, q.mean[1])
-    close(q[1:3].icdf(0.2), q.icdf(0.2)[1:3])
-    close(q.expand((3, 4))[..., 2].entropy(), q.entropy()[2].expand(3))
+    assert_close(q.expand((3, 4))[2, 1].mean, q.mean[1])
+    assert_close(q[1:3].icdf(0.2), q.icdf(0.2)[1:3])
+    assert_close(q.expand((3, 4))[..., 2].entropy(), q.entropy()[2].expand(3))
 
 
 def test_a_pickled_copy_answers_alike_and_the_repr_is_short() -> None:
@@ -444,11 +446,13 @@ def test_a_pickled_copy_answers_alike_and_the_repr_is_short() -> None:
 
 def test_weights_are_normalised_and_may_be_switched_off() -> None:
     log_weights, means, stds = parameters()
-    close(Predictive(log_weights + 3, means, stds).cdf(0.2), predictive().cdf(0.2))
+    assert_close(Predictive(log_weights + 3, means, stds).cdf(0.2), predictive().cdf(0.2))
     without = Predictive(log_weights[2, :2], means[2, :2], stds[2, :2])
-    close(predictive()[2].entropy(), without.entropy(), rtol=0, atol=1e-5)
-    close(predictive()[2].log_expected_improvement(1.0), without.log_expected_improvement(1.0))
-    close(predictive()[2].icdf(0.99), without.icdf(0.99))
+    assert_close(predictive()[2].entropy(), without.entropy(), rtol=0, atol=1e-5)
+    assert_close(
+        predictive()[2].log_expected_improvement(1.0), without.log_expected_improvement(1.0)
+    )
+    assert_close(predictive()[2].icdf(0.99), without.icdf(0.99))
 
 
 def test_a_predictive_that_asks_for_no_gradient_gives_none() -> None:
@@ -507,8 +511,8 @@ def test_a_plot_shows_mean_intervals_and_data_in_order_of_x() -> None:
     q, x = predictive(), torch.tensor([0.4, 0.1, 0.9, 0.5], dtype=torch.float64)
     ax = q.plot(x.unsqueeze(-1), context=(x[:2].numpy(), [1.0, 2.0]))
     mean = ax.get_lines()[0]
-    close(torch.tensor(mean.get_xdata()), x.sort().values)
-    close(torch.tensor(mean.get_ydata()), q.mean[x.argsort()])
+    assert_close(torch.tensor(mean.get_xdata()), x.sort().values)
+    assert_close(torch.tensor(mean.get_ydata()), q.mean[x.argsort()])
     labels = {text.get_text() for text in ax.get_legend().get_texts()}
     assert labels == {"mean", "50% interval", "90% interval", "data"}
     assert q.plot(x, ax=ax) is ax
