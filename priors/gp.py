@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from priors.reference import Marginal
 
 JITTER = 1e-10  # relative to the outputscale; raised tenfold only for tasks that fail to factorise
-CACHED = 2**18  # matrix entries, 2 MiB
+CACHED = 2**16  # matrix entries, 512 KiB
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,13 @@ class GaussianProcess:
         theta = self._draw_hyperparameters(batch, d, generator=generator)
         x = draw_inputs(self.designs, batch, n, d, generator=generator)
         z = draw_normal(batch, n, 1, generator=generator)
-        drawn = [
-            cholesky(self.covariance(inputs, inputs, some), JITTER * some["outputscale"]) @ normal
-            for some, inputs, normal in _pieces(theta, x, z)
-        ]
-        f = theta["mean"].unsqueeze(-1) + torch.cat(drawn).squeeze(-1)
+        drawn = []
+        for some, inputs, normal in _pieces(theta, x, z):
+            jitter = torch.full_like(some["outputscale"], JITTER)
+            factor = cholesky(self._of_unit_scale(inputs, inputs, some), jitter)
+            drawn.append(normal.mT @ factor.mT)  # as rows: LAPACK's factors are column-major
+        scale, mean = theta["outputscale"].sqrt().unsqueeze(-1), theta["mean"].unsqueeze(-1)
+        f = mean + scale * torch.cat(drawn).squeeze(1)
         y = f + theta["noise"].sqrt().unsqueeze(-1) * draw_normal(batch, n, generator=generator)
         return Tasks(x, y, f, self._report(theta))
 
@@ -292,16 +294,19 @@ class GaussianProcess:
 
     def covariance(self, x: Tensor, z: Tensor, theta: dict[str, Tensor]) -> Tensor:
         """Covariance (task, n, m) of f between x (task, n, d) and z (task, m, d) given latents."""
+        return theta["outputscale"].unsqueeze(-1).unsqueeze(-1) * self._of_unit_scale(x, z, theta)
+
+    def _of_unit_scale(self, x: Tensor, z: Tensor, theta: dict[str, Tensor]) -> Tensor:
+        """The same with an outputscale of 1."""
         lengthscale = theta["lengthscale"]
         lengthscale = lengthscale if self.ard else lengthscale.unsqueeze(-1)
         if len(self.kernels) == 1:
-            unit = KERNELS[self.kernels[0]](x, z, lengthscale)
-        else:
-            unit = x.new_empty(*x.shape[:-1], z.shape[-2])
-            for index, name in enumerate(self.kernels):
-                chosen = theta["kernel"] == index
-                unit[chosen] = KERNELS[name](x[chosen], z[chosen], lengthscale[chosen])
-        return theta["outputscale"].unsqueeze(-1).unsqueeze(-1) * unit
+            return KERNELS[self.kernels[0]](x, z, lengthscale)
+        unit = x.new_empty(*x.shape[:-1], z.shape[-2])
+        for index, name in enumerate(self.kernels):
+            chosen = theta["kernel"] == index
+            unit[chosen] = KERNELS[name](x[chosen], z[chosen], lengthscale[chosen])
+        return unit
 
     def _draw_hyperparameters(
         self, batch: int, d: int, *, generator: torch.Generator
@@ -340,18 +345,24 @@ def cholesky(covariance: Tensor, diagonal: Tensor) -> Tensor:
         covariance: (task, n, n).
         diagonal: (task,), added to the diagonal; tenfold at each retry where a task failed.
     """
-    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    diagonal = diagonal[:, None, None]
-    factor, failed = torch.linalg.cholesky_ex(covariance + diagonal * eye)
+    factor, failed = torch.linalg.cholesky_ex(_on_diagonal(covariance, diagonal))
     for _ in range(8):
         if not failed.any():
             return factor
         bad = failed > 0
-        diagonal = torch.where(bad[:, None, None], 10 * diagonal, diagonal)
-        factor[bad], failed[bad] = torch.linalg.cholesky_ex((covariance + diagonal * eye)[bad])
+        diagonal = torch.where(bad, 10 * diagonal, diagonal)
+        grown = _on_diagonal(covariance[bad], diagonal[bad])
+        factor[bad], failed[bad] = torch.linalg.cholesky_ex(grown)
     raise RuntimeError(
         "The covariance is not positive definite, even with a diagonal 1e8 x larger."
     )
+
+
+def _on_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
+    """Matrices (task, n, n) with a value (task,) added to each diagonal."""
+    matrix = matrix.clone()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(value.unsqueeze(-1))
+    return matrix
 
 
 def _pieces(theta: dict[str, Tensor], x: Tensor, z: Tensor) -> Iterator[tuple[Any, ...]]:

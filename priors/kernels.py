@@ -22,8 +22,10 @@ def squared_distance(x: Tensor, z: Tensor, lengthscale: Tensor) -> Tensor:
     z = z / lengthscale.unsqueeze(-2)  # (..., m, d)
     center = x.mean(-2, keepdim=True)  # the expansion below loses digits far from the origin
     x, z = x - center, z - center
-    squares = x.square().sum(-1).unsqueeze(-1) + z.square().sum(-1).unsqueeze(-2)
-    return (squares - 2 * x @ z.mT).clamp_min(0)  # (..., n, m)
+    square_x, square_z = x.square().sum(-1, keepdim=True), z.square().sum(-1, keepdim=True)
+    left = torch.cat([-2 * x, square_x, torch.ones_like(square_x)], -1)
+    right = torch.cat([z, torch.ones_like(square_z), square_z], -1)
+    return (left @ right.mT).clamp_min(0)  # (..., n, m): one product is one pass over memory
 
 
 def rbf(x: Tensor, z: Tensor, lengthscale: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def rbf(x: Tensor, z: Tensor, lengthscale: Tensor) -> Tensor:
 
     Reference: Rasmussen and Williams, Gaussian Processes for Machine Learning, equation 4.9.
     """
-    return torch.exp(-0.5 * squared_distance(x, z, lengthscale))
+    return squared_distance(x, z, lengthscale).mul_(-0.5).exp_()
 
 
 def matern12(x: Tensor, z: Tensor, lengthscale: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Lattice(NamedTuple):
     """Nodes and weights of int exp(log_density(t)) g(t) dt = sum_i exp(log_weight_i) g(t_i)."""
 
     points: Tensor  # (node, dim)
+    steps: Tensor  # (node, dim) integers, of neighbours along each axis one apart
     log_weights: Tensor  # (node,)
     spacing: Tensor  # (dim,) between nodes along each axis
     gap: float  # nats between the integrals over half the lattice, about the root of the error
@@ -60,7 +61,7 @@ def integrate(
     """
     if dim == 0:
         point = torch.zeros(1, 0, dtype=torch.float64)
-        return Lattice(point, log_density(point), torch.zeros(0), 0.0)
+        return Lattice(point, point.long(), log_density(point), torch.zeros(0), 0.0)
     origin = torch.zeros(dim, dtype=torch.float64)
     basis = 0.4 * torch.eye(dim, dtype=torch.float64)
     seeds = torch.cartesian_prod(*[torch.arange(-10, 11)] * dim).reshape(-1, dim)
@@ -83,7 +84,7 @@ def integrate(
     else:
         warnings.warn(f"The quadrature stopped with a gap of {gaps.max():.2g} nats.", stacklevel=2)
     spacing = basis.diagonal()
-    return Lattice(points, value + spacing.log().sum(), spacing, float(gaps.max()))
+    return Lattice(points, index, value + spacing.log().sum(), spacing, float(gaps.max()))
 
 
 def _grow(
@@ -118,17 +119,24 @@ def _grow(
 def _parity_gaps(index: Tensor, value: Tensor) -> Tensor:
     """Worst relative disagreement (dim,) of half lattices that split along each axis.
 
-    A half lattice holds the nodes where a sum of some of the indices is even; each of the
-    2^dim - 1 sums is charged to the axes in it.
+    Each half lattice of `parities` is charged to the axes in its sum.
     """
-    weight = value.softmax(0)
-    gaps = value.new_zeros(index.shape[1])
-    for axes in itertools.product((0, 1), repeat=index.shape[1]):
-        sign = 1 - 2 * (index @ torch.tensor(axes)).remainder(2)
-        if any(axes):
-            gap = 2 * (sign * weight).sum().abs()
-            gaps = torch.where(torch.tensor(axes) > 0, gaps.clamp_min(gap), gaps)
-    return gaps
+    gaps = 2 * (value.softmax(0) @ parities(index)).abs()
+    return (gaps.unsqueeze(-1) * _axes(index.shape[1])).amax(0)
+
+
+def parities(index: Tensor) -> Tensor:
+    """Which half lattice each node is in, +1 or -1, for each way to halve, (node, 2^dim - 1).
+
+    A half holds the nodes where the sum of some of the indices is even.
+    """
+    return 1.0 - 2.0 * (index @ _axes(index.shape[1]).T).remainder(2).double()
+
+
+def _axes(dim: int) -> Tensor:
+    """Every set of axes but the empty one, (2^dim - 1, dim) zeros and ones."""
+    sets = list(itertools.product((0, 1), repeat=dim))[1:]
+    return torch.tensor(sets, dtype=torch.long).reshape(2**dim - 1, dim)
 
 
 class Spectral:

@@ -25,7 +25,7 @@ from torch.distributions import (
 
 from priors.gp import JITTER, GaussianProcess, cholesky
 from priors.hyperpriors import NAMES, Hyperpriors, hyperpriors
-from priors.quadrature import Spectral, integrate
+from priors.quadrature import Spectral, integrate, parities
 
 if TYPE_CHECKING:
     from priors.nuts import Draws, Settings
@@ -115,6 +115,30 @@ class NutsPosterior(MixtureSameFamily):
         return (weight.square() * variance).sum(-1).sqrt()
 
 
+class QuadraturePosterior(MixtureSameFamily):
+    """A mixture over the nodes of a lattice that knows about how precise its log density is."""
+
+    def __init__(self, mixture: Categorical, component: Normal, parity: Tensor) -> None:
+        super().__init__(mixture, component)
+        self._parity = parity  # (..., node, kernel, half) as in `quadrature.parities`, 0 elsewhere
+
+    def log_prob_error(self, value: Tensor) -> Tensor:
+        """About how far `log_prob(value)` may be off, in nats: the square of the halves' quarrel.
+
+        The trapezoidal rule converges geometrically on smooth densities, so a lattice errs by the
+        square of what its halves err by, or less. The worst way to halve counts, summed over
+        kernels. Nodes left out add the mass that they hold.
+
+        Reference: Trefethen and Weideman, The Exponentially Convergent Trapezoidal Rule, SIAM
+        Review 2014, section 5.
+        """
+        weight = self.mixture_distribution.probs
+        log_ratio = self.component_distribution.log_prob(value.unsqueeze(-1))
+        share = (self.mixture_distribution.logits + log_ratio).softmax(-1)
+        difference = torch.einsum("...qn,...nkh->...qkh", share - weight, self._parity)
+        return (2 * difference.abs().amax(-1).sum(-1)).square() + MASS_LEFT_OUT
+
+
 class _Task(NamedTuple):
     """One data set with its known latents."""
 
@@ -179,6 +203,7 @@ class _Nodes(NamedTuple):
     t: Tensor  # (node, dim) in the coordinates of `hyper`
     log_weights: Tensor  # (node,); their exponentials sum to p(y, kernel | x)
     spacing: Tensor  # (dim,) of a lattice; 0 for draws
+    steps: Tensor | None = None  # (node, dim) in the lattice, if any
     draws: Draws | None = None
     log_evidence_error: float = 0.0
 
@@ -319,7 +344,7 @@ def _by_quadrature(kernel: str, task: _Task, hyper: Hyperpriors, step: float) ->
 
     limits = [SPACING[c.name] / c.scale.expand(c.shape).reshape(-1) for c in hyper.coordinates]
     nodes = integrate(log_density, hyper.dim, limits=torch.cat([torch.ones(0), *limits]), step=step)
-    return _Nodes(hyper, model, nodes.points, nodes.log_weights, nodes.spacing)
+    return _Nodes(hyper, model, nodes.points, nodes.log_weights, nodes.spacing, nodes.steps)
 
 
 def _by_nuts(
@@ -341,7 +366,7 @@ def _by_nuts(
     evidence = nuts.bridge_log_evidence(log_density, draws.t, seed=seed)
     t = draws.t.flatten(0, 1)
     log_weights = t.new_full((len(t),), evidence.value - math.log(len(t)))
-    return _Nodes(hyper, model, t, log_weights, torch.zeros(()), draws, evidence.error)
+    return _Nodes(hyper, model, t, log_weights, torch.zeros(()), None, draws, evidence.error)
 
 
 def _distribution(
@@ -349,15 +374,16 @@ def _distribution(
 ) -> Distribution:
     """The mixture over all nodes of each task; tasks of fewer nodes get components of weight 0."""
     predictions = [_predict(*both, latent, joint) for both in zip(tasks, nodes, strict=True)]
-    size = max(len(log_weights) for log_weights, _, _ in predictions)
-    fill = -math.inf, 0.0, torch.eye(len(tasks[0].x_query)).double() if joint else 1.0
-    log_weights, mean, spread = (
+    size = max(len(log_weights) for log_weights, *_ in predictions)
+    fill = -math.inf, 0.0, torch.eye(len(tasks[0].x_query)).double() if joint else 1.0, 0.0
+    log_weights, mean, spread, parity = (
         torch.stack([_pad(part, size, f) for part in column])
         for column, f in zip(zip(*predictions, strict=True), fill, strict=True)
     )
     errors = torch.tensor([[part.log_evidence_error for part in row] for row in nodes])
     if not batched:
-        log_weights, mean, spread, errors = log_weights[0], mean[0], spread[0], errors[0]
+        log_weights, mean, spread, parity = log_weights[0], mean[0], spread[0], parity[0]
+        errors = errors[0]
     if joint and size == 1:
         return MultivariateNormal(mean.squeeze(-2), scale_tril=spread.squeeze(-3))
     if joint:
@@ -368,17 +394,20 @@ def _distribution(
     mean, spread = mean.mT, spread.mT  # (..., query, node)
     mixture = Categorical(logits=log_weights.unsqueeze(-2).expand(mean.shape))
     if nodes[0][0].draws is None:
-        return MixtureSameFamily(mixture, Normal(mean, spread))
+        return QuadraturePosterior(mixture, Normal(mean, spread), parity)
     return NutsPosterior(mixture, Normal(mean, spread), len(nodes[0][0].draws.t), errors.double())
 
 
 def _predict(
     task: _Task, nodes: list[_Nodes], latent: bool, joint: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log weights (node,), means (node, m) and deviations (node, m), or factors (node, m, m)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log weights (node,), means (node, m) and deviations (node, m), or factors (node, m, m).
+
+    Last the parities (node, kernel, half) of `QuadraturePosterior`.
+    """
     total = torch.cat([part.log_weights for part in nodes]).logsumexp(0)
     parts = []
-    for part in nodes:
+    for kernel, part in enumerate(nodes):
         log_weights = part.log_weights - total
         keep = torch.arange(len(log_weights))
         limit = max(1, int(JOINT_ENTRIES / len(nodes) / max(1, len(task.x_query)) ** 2))
@@ -395,9 +424,12 @@ def _predict(
             spread = cholesky(spread, noise + JITTER * theta["outputscale"])
         else:
             spread = (spread + noise.unsqueeze(-1)).sqrt()
-        parts.append((log_weights[keep], mean, spread))
-    log_weights, mean, spread = (torch.cat(column) for column in zip(*parts, strict=True))
-    return log_weights, mean, spread
+        halves = mean.new_zeros(len(keep), 0) if part.steps is None else parities(part.steps[keep])
+        parity = halves.new_zeros(len(keep), len(nodes), halves.shape[1])
+        parity[:, kernel] = halves
+        parts.append((log_weights[keep], mean, spread, parity))
+    log_weights, mean, spread, parity = (torch.cat(column) for column in zip(*parts, strict=True))
+    return log_weights, mean, spread, parity
 
 
 def _pad(part: Tensor, size: int, fill: float | Tensor) -> Tensor:
