@@ -2,7 +2,7 @@
 
     python benchmarks/studies.py [--only head] [--cpu-seconds 60]
 
-Each run trains a small network (width 64, 3 layers) for the same CPU time on one core, sampling
+Each run trains a small network (width 64, 2 layers) for the same CPU time on one core, sampling
 included, and is judged at the end of its schedule on tasks that it never saw: by the loss of y in
 nats per query and, for the Gaussian-process prior, its gap to the exact posterior. Runs are kept in
 results/studies-runs.json, so that a stopped study continues.
@@ -45,8 +45,8 @@ class Variant:
     prior: str = "gp-1d"
     head: str = "normals"
     components: int = 6
-    refinements: int = 3
-    layers: int = 3
+    refinements: int = 6
+    layers: int = 2
     muon: bool = True
     lr: float = 5e-3
     single_draws: bool = False
@@ -63,6 +63,7 @@ class Variant:
             layers=self.layers,
             heads=4,
             components=self.components,
+            least_refinements=min(1, self.refinements),
             refinements=self.refinements,
             fourier_octaves=self.octaves,
             seconds=cpu_seconds,
@@ -71,6 +72,7 @@ class Variant:
             micro_batches=1,
             buffer_share=0.0,
             standardized_share=0.0,
+            bounded_share=0.0,
             known_share=0.0,
             latent_share=0.0,
             lr=self.lr,
@@ -90,9 +92,11 @@ STUDIES: dict[str, dict[str, Variant]] = {
         **{f"Muon, lr {lr}": Variant(lr=lr) for lr in (2.5e-3, 5e-3)},
         **{f"AdamW, lr {lr}": Variant(muon=False, lr=lr) for lr in (2.5e-3, 5e-3)},
     },
-    "refinements": {f"{count} refinements": Variant("gp", refinements=count) for count in range(5)},
+    "refinements": {
+        f"{count} refinements": Variant("gp", refinements=count) for count in (0, 2, 4, 6)
+    },
     "experts": {f"{count} experts": Variant("gp", components=count) for count in (3, 6, 9)},
-    "layers": {f"{count} layers": Variant("gp", layers=count) for count in (1, 3, 6)},
+    "layers": {f"{count} layers": Variant("gp", layers=count) for count in (1, 2, 4)},
     "loss": {
         "8 draws from each query's conditional": Variant(),
         "one draw per query": Variant(single_draws=True),
@@ -277,7 +281,7 @@ def make_network(variant: Variant, config: PretrainConfig) -> Network:
 def losses(network: Network, lesson: Lesson) -> tuple[Tensor, Tensor]:
     """Negative log densities of y and of f, in nats, averaged over each task's queries (b,)."""
     trunk, head = network
-    final, scaling = trunk.answer(lesson.x, lesson.y, lesson.known, False, lesson.x_query)
+    final, scaling = trunk.answer(lesson.x, lesson.y, lesson.known, lesson.own, lesson.x_query)
     said, log_scale = final.forecast, scaling.scale.log()
 
     def surprise(layer: nn.Module, variance: Tensor, draws: Tensor) -> Tensor:

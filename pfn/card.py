@@ -2,7 +2,7 @@
 
 The card carries the architecture, the prior with every constant, the recipe, and the certificate:
 figures as numbers, each with the command that measured it. Nothing is ever unpickled or executed; a
-file that was truncated or altered, or that a newer library wrote, is refused with the reason. The
+file that was truncated or altered, or of another format, is refused with the reason. The
 digests guard against accidents; they do not say who wrote a checkpoint.
 """
 
@@ -22,7 +22,7 @@ import torch
 
 from pfn.transformer import Latent, Transformer, TransformerConfig
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, model: Transformer, card: ModelCard) -> ModelC
 
 def write_card(folder: Path, card: ModelCard) -> ModelCard:
     """Writes `card.json`, atomically; returns the card with its own digest."""
-    card = dataclasses.replace(card, card_sha256=_digest(card))
+    card = dataclasses.replace(card, card_sha256=_digest(asdict(card)))
     content = json.dumps(asdict(card), indent=1) + "\n"
     write_atomically(folder / "card.json", content.encode())
     return card
@@ -81,7 +81,7 @@ def load_checkpoint(
     """Returns the network, in float32 and evaluation mode, and its card.
 
     Raises:
-        ValueError: if a file is missing, truncated, altered, or of a newer format.
+        ValueError: if a file is missing, truncated, altered, or of another format.
     """
     card = read_card(folder)
     path = folder / "model.safetensors"
@@ -109,7 +109,7 @@ def read_card(folder: Path) -> ModelCard:
     """The card of a checkpoint folder.
 
     Raises:
-        ValueError: if there is none, or it is not a card, altered, or of a newer format.
+        ValueError: if there is none, or it is not a card, altered, or of another format.
     """
     path = folder / "card.json"
     if not path.is_file():
@@ -122,11 +122,12 @@ def read_card(folder: Path) -> ModelCard:
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise ValueError(f"{path} is not a model card: expected an object with an integer format.")
-    if content["format"] > FORMAT:
+    if content["format"] != FORMAT:
+        remedy = "Upgrade pfn." if content["format"] > FORMAT else "Train its recipe anew."
         raise ValueError(
-            f"{path} has format {content['format']}; this library reads up to {FORMAT}."
-            " Upgrade pfn."
+            f"{path} has format {content['format']}; this library reads format {FORMAT}. {remedy}"
         )
+    digest = _digest(content)
     try:
         architecture = dict(content["architecture"])
         architecture["latents"] = tuple(_build(Latent, item) for item in architecture["latents"])
@@ -134,7 +135,7 @@ def read_card(folder: Path) -> ModelCard:
         card: ModelCard = _build(ModelCard, content)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model card: {error}.") from error
-    if card.card_sha256 != _digest(card):
+    if card.card_sha256 != digest:
         raise ValueError(
             f"{path} was altered: its SHA-256 is not the one it states. Fetch the checkpoint again,"
             " or change a card with pfn.card.write_card."
@@ -142,9 +143,9 @@ def read_card(folder: Path) -> ModelCard:
     return card
 
 
-def _digest(card: ModelCard) -> str:
-    content = json.dumps(asdict(dataclasses.replace(card, card_sha256="")))
-    return hashlib.sha256(content.encode()).hexdigest()
+def _digest(card: dict[str, Any]) -> str:
+    """Of a card as JSON, fields that it lacks left out: libraries to come may add some."""
+    return hashlib.sha256(json.dumps(card | {"card_sha256": ""}).encode()).hexdigest()
 
 
 def _build(kind: type, content: Mapping[str, Any]) -> Any:

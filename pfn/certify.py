@@ -79,7 +79,7 @@ class StatesError(Protocol):
     """A reference posterior, itself approximate, that knows how precise its `log_prob` is."""
 
     def log_prob_error(self, value: Tensor) -> Tensor:
-        """The standard error of `log_prob(value)`, in nats."""
+        """The standard error of `log_prob(value)` in nats; about its size if nothing is random."""
         ...
 
 
@@ -263,9 +263,9 @@ def gap_by_cell(
     """The gap by cell and its mean over cells, given the answers of `compute_references`.
 
     Queries of a task depend on each other and share the reference's error; tasks are independent.
-    "reference_error" is the standard error that the reference brings into the mean,
-    sqrt(sum_i e_i^2) / tasks, with e_i the mean error of task i; "reference_error_per_query", the
-    mean of e_i, bounds it even if all errors had one sign.
+    "reference_error" is the error that the reference brings into the mean if those of tasks are
+    independent, sqrt(sum_i e_i^2) / tasks, with e_i the mean error of task i;
+    "reference_error_per_query", the mean of e_i, bounds it even if all errors had one sign.
     """
     rows: list[dict[str, Any]] = []
     differences = []

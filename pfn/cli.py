@@ -236,7 +236,7 @@ def _plot(path: Path, fitted: Fitted, x_query: Array, latent: bool, names: list[
     """Saves the curve over one feature; for more, each row's interval, ordered by its mean."""
     import numpy as np
 
-    from pfn.plot import import_pyplot
+    from pfn.plot import import_pyplot, plot_rows
 
     plt = import_pyplot()
     plt.switch_backend("Agg")
@@ -248,9 +248,8 @@ def _plot(path: Path, fitted: Fitted, x_query: Array, latent: bool, names: list[
         fitted.predict(grid, latent=latent).plot(grid, context=(x, y), ax=axes)
         axes.set(xlabel=names[0], ylabel=names[-1])
     else:
-        posterior = fitted.predict(x_query, latent=latent)
-        posterior[posterior.mean.argsort()].plot(np.arange(len(x_query)), ax=axes)
-        axes.set(xlabel="rows, ordered by prediction", ylabel=names[-1])
+        plot_rows(fitted.predict(x_query, latent=latent), axes)
+        axes.set_ylabel(names[-1])
     figure.savefig(path, dpi=150)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -22,12 +23,14 @@ from pfn.card import ModelCard
 from pfn.data import Context, check_context, check_finite, check_query, to_tensor
 from pfn.predictive import Predictive
 from pfn.transformer import Encoded, Final, Latent, Mixture, Scaling, Transformer
-from pfn.units import Units, context_units, prior_units
+from pfn.units import FromContext, Units, context_units, prior_units
 from priors import Prior
 
-CHUNK = 2**20  # numbers that one pass keeps for each expert: bounds memory for a million queries
+CHUNK = 2**20  # numbers that a pass keeps for each expert: bounds memory for a million queries
+MATRICES = 2**22  # entries that a pass has in each expert's matrices: bounds memory for many tasks
 
-MATRICES = 2**22  # entries of each expert's matrices at a time, 32 MiB: bounds it for many tasks
+
+Seen = tuple[Tensor, Tensor, Tensor | None, FromContext]  # a context as `Transformer` takes it
 
 
 class Ready(NamedTuple):
@@ -38,27 +41,16 @@ class Ready(NamedTuple):
     x: Tensor  # (b, n, d)
     y: Tensor  # (b, n)
     known: Tensor | None  # (b, latent_slots) standardised latents, NaN where unknown
-    standardized: bool
+    own: FromContext
 
-    @property
-    def network_inputs(self) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        return self.x, self.y, self.known, self.standardized
-
-    def groups(
-        self, x_query: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, bool, Tensor]]:
-        """`network_inputs` and queries (b, m, d), some tasks at a time."""
+    def groups(self, x_query: Tensor) -> Iterator[tuple[Seen, Tensor]]:
+        """Contexts as the network takes them, and their queries (b, m, d), some tasks at a time."""
         b, n = self.y.shape
         size = max(1, MATRICES // (1 + n) ** 2)
         for start in range(0, max(1, b), size):
             some = slice(start, start + size)
             known = None if self.known is None else self.known[some]
-            yield self.x[some], self.y[some], known, self.standardized, x_query[some]
-
-    @property
-    def chunk(self) -> int:
-        """Queries in one pass."""
-        return max(1, CHUNK // max(128, self.y.numel()))
+            yield (self.x[some], self.y[some], known, self.own), x_query[some]
 
 
 class PFN:
@@ -96,16 +88,20 @@ class PFN:
         """
         ready = self._prepare(context, standardize, bounds, given, extrapolate_n)
         x, dtype = check_query(x_query, ready.context)
-        if x.shape[1] > ready.chunk:
-            return self._encode(ready).predict(x_query, latent=latent)
         mapped = ready.units.map_x(x.to(ready.x.device)).to(ready.x.dtype)
-        with _recording(mapped, ready.x, ready.y, ready.known):
-            answers = [self.transformer.answer(*group) for group in ready.groups(mapped)]
-            mixtures = [_mixture(self.transformer, final, latent) for final, _ in answers]
-            mixture = Mixture(*(torch.cat(part) for part in zip(*mixtures, strict=True)))
-            scalings = zip(*(scaling for _, scaling in answers), strict=True)
-            inner = Scaling(*(torch.cat(part) for part in scalings))
-            return _predictive(mixture, inner, ready, x.device, dtype)
+        with _recording(mapped, ready.x, ready.y, ready.known, keep=False):
+            answers = [self._answer(seen, asked, latent) for seen, asked in ready.groups(mapped)]
+            mixture = Mixture(*_joined([mixture for mixture, _ in answers], 0))
+            inner = Scaling(*_joined([scaling for _, scaling in answers], 0))
+        return _predictive(mixture, inner, ready, x.device, dtype)
+
+    def _answer(self, seen: Seen, x_query: Tensor, latent: bool) -> tuple[Mixture, Scaling]:
+        """Mixtures at queries (b, m, d): of few in one pass, of many chunk by chunk."""
+        if x_query.shape[1] <= _chunk(seen[1]):
+            final, scaling = self.transformer.answer(*seen, x_query)
+            return _mixture(self.transformer, final, latent), scaling
+        encoded = self.transformer.encode(*seen)
+        return _decode(self.transformer, encoded, x_query, _chunk(seen[1]), latent), encoded.scaling
 
     def condition(
         self,
@@ -151,9 +147,8 @@ class PFN:
         self._check_sizes(n, d, extrapolate_n)
         if bounds is not None and not standardize:
             raise ValueError("Expected no bounds with standardize=False, which leaves x as it is.")
-        units = prior_units(checked.x, checked.y)
-        if standardize:
-            units = context_units(checked.x, checked.y)
+        in_units = context_units if standardize else prior_units
+        units = in_units(checked.x, checked.y)
         if bounds is not None:
             low, high = (
                 _check_bounds(bounds, d).to(checked.x).expand(len(checked.x), 2, d).unbind(1)
@@ -166,12 +161,14 @@ class PFN:
             units.map_x(checked.x).to(parameter.dtype),
             units.map_y(checked.y).to(parameter.dtype),
             None if known is None else known.to(parameter),
-            standardize and n > 0,
+            FromContext(standardize and n > 0 and bounds is None, standardize and n > 0),
         )
 
     def _encode(self, ready: Ready) -> Fitted:
-        with _recording(ready.x, ready.y, ready.known):
-            return Fitted(self, ready, self.transformer.encode(*ready.network_inputs))
+        with _recording(ready.x, ready.y, ready.known, keep=True):
+            return Fitted(
+                self, ready, self.transformer.encode(ready.x, ready.y, ready.known, ready.own)
+            )
 
     def _check_sizes(self, n: int, d: int, extrapolate_n: bool) -> None:
         card = self.card
@@ -288,13 +285,10 @@ class Fitted:
         x, dtype = check_query(x_query, self.context)
         transformer, keys = self.pfn.transformer, self._encoded.layers[0].key
         mapped = self.units.map_x(x.to(keys.device)).to(keys.dtype)
-        with _recording(mapped, keys):
-            mixtures = [
-                _mixture(transformer, transformer.decode(self._encoded, part), latent)
-                for part in mapped.split(self._ready.chunk, dim=1)
-            ]
-            mixture = Mixture(*(torch.cat(part, 1) for part in zip(*mixtures, strict=True)))
-            return _predictive(mixture, self._encoded.scaling, self._ready, x.device, dtype)
+        with _recording(mapped, keys, keep=False):
+            chunk = _chunk(self._ready.y)
+            mixture = _decode(transformer, self._encoded, mapped, chunk, latent)
+        return _predictive(mixture, self._encoded.scaling, self._ready, x.device, dtype)
 
     def latents(self) -> dict[str, Distribution]:
         """Posterior marginals of the prior's latents, in the units of the data.
@@ -343,14 +337,39 @@ class Fitted:
         return value if self.context.batched else value.squeeze(0)
 
 
-def _recording(*inputs: Tensor | None) -> torch.set_grad_enabled:
-    """Records gradients where an input asks for one, and the caller does not forbid it."""
+def _recording(*inputs: Tensor | None, keep: bool) -> AbstractContextManager[object]:
+    """Records gradients where an input asks for one, and the caller does not forbid it.
+
+    Args:
+        keep: whether what is computed stays, and meets inputs that ask for one later.
+    """
     wanted = any(value is not None and value.requires_grad for value in inputs)
-    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+    records = wanted and torch.is_grad_enabled()
+    return torch.set_grad_enabled(records) if keep or records else torch.inference_mode()
+
+
+def _chunk(y: Tensor) -> int:
+    """Queries in one pass on contexts y (b, n)."""
+    return max(1, CHUNK // max(128, y.numel()))
+
+
+def _decode(
+    transformer: Transformer, encoded: Encoded, x_query: Tensor, chunk: int, latent: bool
+) -> Mixture:
+    parts = [
+        _mixture(transformer, transformer.decode(encoded, part), latent)
+        for part in x_query.split(chunk, dim=1)
+    ]
+    return Mixture(*_joined(parts, 1))
 
 
 def _mixture(transformer: Transformer, final: Final, latent: bool) -> Mixture:
     return transformer.mixture_f(final) if latent else transformer.mixture_y(final)
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]], dim: int) -> Iterable[Tensor]:
+    """Tensors of the same place in each part, end to end."""
+    return parts[0] if len(parts) == 1 else (torch.cat(s, dim) for s in zip(*parts, strict=True))
 
 
 def _predictive(
@@ -362,7 +381,9 @@ def _predictive(
     shift = (units.y_shift + units.y_scale * inner.center.double())[:, None, None]
     means = shift + scale * mixture.means.double()
     stds = scale * mixture.log_stds.double().exp()
-    parameters = [value.to(device, dtype) for value in (mixture.log_weights, means, stds)]
+    # A copy, outside inference mode: what users get may meet gradients.
+    log_weights = mixture.log_weights.to(device, dtype, copy=True)
+    parameters = [log_weights, means.to(device, dtype), stds.to(device, dtype)]
     if not ready.context.batched:
         parameters = [value.squeeze(0) for value in parameters]
     return Predictive(*parameters)

@@ -166,23 +166,22 @@ def training_flops(network: TransformerConfig, sizes: Sizes, queries: int) -> fl
     backward pass costs two forward passes; refinements have none. What is left out, as is usual:
     norms, softmax, padding, kernels, small layers, the loss, the optimiser.
     """
-    refined = 2 * network.refinements * _solve(sizes)
+    refined = 2 * network.count_refinements(sizes.context) * _solve(sizes)
     inverse = 2 * _solve(sizes) + 4 * sizes.context**3  # its gradient takes two products
     experts = network.components * sizes.batch * (refined + inverse)
     return experts + 3 * forward_products(network, sizes, queries)
 
 
 def forward_products(network: TransformerConfig, sizes: Sizes, queries: int) -> float:
-    """Those of a forward pass besides the experts' factorisations and refinements."""
+    """Operations of a forward pass besides the experts' factorisations and refinements."""
     w, layers, place = network.width, network.layers, network.heads * (sizes.features + 2)
     tokens = queries + (network.latent_slots if sizes.latents else 0)
     stored = 1 + sizes.context + sizes.buffer  # tokens that others attend to
-    attended = (1 + sizes.context) ** 2 + (sizes.buffer + tokens) * stored
-    per_layer = (
-        (stored + tokens) * (2 + 2 * network.expansion) * w * w  # q, output, feed-forward
-        + stored * 2 * w * w  # k and v
-        + attended * (2 * w + place)  # scores, with distances, and weighted values
-    )
+    attended = (sizes.buffer + tokens) * stored
+    finished = (2 + 2 * network.expansion) * w * w  # q, output, feed-forward
+    scored = 2 * w + place  # scores, with distances, and weighted values
+    per_layer = (sizes.buffer + tokens) * finished + stored * 2 * w * w + attended * scored
+    context = (1 + sizes.context) * finished + (1 + sizes.context) ** 2 * scored
     inputs = sizes.features * (1 + 2 * network.fourier_octaves)
     told = 2 * network.components
     ends = (stored + tokens) * (inputs + told) * w + queries * 6 * network.components * w
@@ -190,7 +189,8 @@ def forward_products(network: TransformerConfig, sizes: Sizes, queries: int) -> 
     experts = (k + queries) * n * (n + d + 1)  # weights of the context, distances, means
     if k:
         experts += k * (n * k + n + k * (d + 1)) + queries * k * (n + k + d + 2)
-    return 2 * sizes.batch * (layers * per_layer + ends + network.components * experts)
+    trunk = layers * per_layer + (layers - 1) * context  # whose last layer only stores it
+    return 2 * sizes.batch * (trunk + ends + network.components * experts)
 
 
 def _solve(sizes: Sizes) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of a predictive for one feature. Matplotlib is imported only when someone plots."""
+"""Pictures of predictives, over one feature or row by row. Matplotlib is imported on demand."""
 
 from __future__ import annotations
 
@@ -56,6 +56,20 @@ def plot_predictive(
     quiet(ax)
     ax.legend(frameon=False, fontsize="small", labelcolor=INK, reverse=True)
     return ax
+
+
+def plot_rows(posterior: Predictive, ax: Axes) -> None:
+    """Each predictive of batch_shape (m,) as a dot in its 50 % and 90 % intervals, by the mean."""
+    ordered = posterior[posterior.mean.argsort()]
+    rows = np.arange(len(ordered.mean))
+    width = min(6.0, max(0.8, 300 / max(1, len(rows))))  # points: bars touch where they are many
+    for mass, color in BANDS.items():
+        lower, upper = (_array(bound) for bound in ordered.interval(mass))
+        ax.vlines(rows, lower, upper, color=color, lw=width, label=f"{mass:.0%} interval")
+    ax.scatter(rows, _array(ordered.mean), s=2 * width + 2, color=BLUE, zorder=3, label="mean")
+    ax.set_xlabel("rows, ordered by prediction", color=INK)
+    quiet(ax)
+    ax.legend(frameon=False, fontsize="small", labelcolor=INK, reverse=True)
 
 
 def import_pyplot() -> Any:

@@ -68,12 +68,13 @@ class Predictive(Distribution):
         validate_args: bool | None = None,
     ) -> None:
         parameters = (log_weights, means, stds)
-        shapes = tuple(tuple(parameter.shape) for parameter in parameters)
         try:
-            shape = torch.broadcast_shapes(*shapes)
+            every = torch.broadcast_tensors(*parameters)
         except RuntimeError:
-            shape = torch.Size()
+            every = (torch.empty(0),)
+        shape = every[0].shape
         if not shape or not shape[-1]:
+            shapes = tuple(tuple(part.shape) for part in parameters)
             raise ValueError(
                 "Expected log_weights, means and stds that broadcast to (..., components) with at "
                 f"least one component; got shapes {shapes}."
@@ -81,18 +82,14 @@ class Predictive(Distribution):
         self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters))
         if not self._dtype.is_floating_point:
             raise ValueError(f"Expected floating-point parameters; got {self._dtype}.")
-        self.log_weights, self.means, self.stds = (
-            parameter.to(self._dtype).expand(shape) for parameter in parameters
-        )
+        self.log_weights, self.means, self.stds = (part.to(self._dtype) for part in every)
         self._log_w = self.log_weights.double().log_softmax(-1)
         self._m, self._s = self.means.double(), self.stds.double()
-        super().__init__(shape[:-1], validate_args=validate_args)
-        sound = self._m.isfinite() & self._s.isfinite() & ~self._log_w.isnan()
-        if self._validate_args and not sound.all():
-            raise ValueError(
-                "Expected finite means and stds, and log_weights below inf, not all -inf; got "
-                f"{int((~sound).sum())} of {sound.numel()} components otherwise."
-            )
+        super().__init__(shape[:-1], validate_args=False)
+        default = Distribution._validate_args
+        self._validate_args = default if validate_args is None else validate_args
+        if self._validate_args:
+            self._check_parameters()
 
     def __repr__(self) -> str:
         batch, components = tuple(self.batch_shape), self.means.shape[-1]
@@ -129,16 +126,16 @@ class Predictive(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        return self._out(self._moments()[0])
+        return self._out(self._mean())
 
     @property
     def variance(self) -> Tensor:
         """sum_k w_k (s_k^2 + (m_k - mean)^2), which cannot cancel."""
-        return self._out(self._moments()[1])
+        return self._out(self._variance())
 
     @property
     def stddev(self) -> Tensor:
-        return self._out(self._moments()[1].sqrt())
+        return self._out(self._variance().sqrt())
 
     @property
     def mode(self) -> Tensor:
@@ -229,7 +226,7 @@ class Predictive(Distribution):
         cuts = cuts.flatten(-2).sort(-1).values
         half = (cuts[..., 1:] - cuts[..., :-1]) / 2
         each = self._with_axis()
-        unit = self._moments()[1].sqrt().log().detach()  # of y: makes the error free of its scale
+        unit = self._variance().sqrt().log().detach()  # of y: makes the error free of its scale
         entropy = unit
         for node, weight in zip(NODES, NODE_WEIGHTS, strict=True):
             log_q = each._log_q(cuts[..., :-1] + half * (1 + node))
@@ -278,8 +275,8 @@ class Predictive(Distribution):
         """
         if not beta >= 0:
             raise ValueError(f"Expected beta >= 0; got {beta}.")
-        mean, variance = self._moments()
-        return self._out((mean if maximize else -mean) + math.sqrt(beta) * variance.sqrt())
+        mean = self._mean() if maximize else -self._mean()
+        return self._out(mean + math.sqrt(beta) * self._variance().sqrt())
 
     def plot(
         self,
@@ -305,6 +302,21 @@ class Predictive(Distribution):
 
     def _with(self, log_weights: Tensor, means: Tensor, stds: Tensor) -> Predictive:
         return Predictive(log_weights, means, stds, validate_args=False)
+
+    def _check_parameters(self) -> None:
+        total = (self._m + self._s).sum().item() + self._log_w.exp().sum().item()
+        if math.isfinite(total) and (self._s > 0).all():  # a sum may overflow where all are finite
+            return
+        for expected, sound in (
+            ("finite means", self._m.isfinite()),
+            ("finite, positive stds", self._s.isfinite() & (self._s > 0)),
+            ("log_weights below inf, not all -inf", ~self._log_w.isnan()),
+        ):
+            if not sound.all():
+                raise ValueError(
+                    f"Expected {expected}; got {int((~sound).sum())} of {sound.numel()} components"
+                    " otherwise."
+                )
 
     def _with_axis(self) -> Predictive:
         """A trailing batch dimension of size 1, against which many points per element broadcast."""
@@ -334,12 +346,23 @@ class Predictive(Distribution):
         side = torch.as_tensor(side, device=z.device).unsqueeze(-1)
         return (self._log_w.exp() * normal_cdf(side * z)).sum(-1)
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        w, base = self._log_w.exp(), self._m[..., :1]
-        deviation = self._m - base  # from one of the means: a large common offset costs no digits
-        mean = (w * deviation).sum(-1, keepdim=True)
-        variance = (w * (self._s.square() + (deviation - mean).square())).sum(-1)
-        return (base + mean).squeeze(-1), variance
+    def _centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The first mean (..., 1), all means' distances to it, and their weighted mean (..., 1).
+
+        So a large common offset costs no digits.
+        """
+        base = self._m[..., :1]
+        deviation = self._m - base
+        return base, deviation, (self._log_w.exp() * deviation).sum(-1, keepdim=True)
+
+    def _mean(self) -> Tensor:
+        base, _, shift = self._centred()
+        return (base + shift).squeeze(-1)
+
+    def _variance(self) -> Tensor:
+        _, deviation, shift = self._centred()
+        spread = self._s.square() + (deviation - shift).square()
+        return (self._log_w.exp() * spread).sum(-1)
 
     def _slopes(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The score d log q / dy, the mean precision, and the curvature -d^2 log q / dy^2."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from pfn.mixture import mixture_log_prob
 from pfn.optim import Optimizer
 from pfn.transformer import Final, Latent, Mixture, Transformer, TransformerConfig
-from pfn.units import Units, context_units
+from pfn.units import FromContext, Units, context_units, prior_units
 from priors import ConditionalPrior, Prior
 
 STRATA = 8  # draws of y per query from its conditional, one per equal slice of probability
@@ -44,8 +44,8 @@ class PretrainConfig:
     Args:
         max_features: tasks have 1 .. max_features features, uniformly.
         max_context: contexts have 0 .. max_context points, about log-uniformly.
-        width, layers, heads, expansion, fourier_octaves, components, refinements: of the
-            `TransformerConfig`.
+        width, layers, heads, expansion, fourier_octaves, components, least_refinements,
+            refinements: of the `TransformerConfig`.
         seconds: wall-clock budget, over all parts of a run that was stopped and continued.
         tasks: budget in prior tasks; only with this one does a continued run repeat exactly.
         queries: query points per task.
@@ -55,6 +55,8 @@ class PretrainConfig:
         max_buffer: points in such a buffer, at most.
         standardized_share: share of micro-batches in the units of their own contexts, as users'
             data are by default.
+        bounded_share: share of all micro-batches, at most `standardized_share`, where that is y
+            alone and x keeps the prior's box, as where users pass bounds.
         known_share: share of tasks that reveal some latents to the network.
         latent_share: share of micro-batches that train the marginal heads of the latents.
         lr: peak learning rate; linear warm-up over `warmup` of the budget, then cosine to zero.
@@ -62,23 +64,25 @@ class PretrainConfig:
         clip: largest norm of the gradient.
         ema: decay per step of the averaged weights, in [0, 1); shorter at first.
         bf16: matrix products in bfloat16 (master weights stay float32).
-        compile: by torch.compile, where the device gains.
+        compile: the feed-forward layers by torch.compile, where the device gains.
         seed: of the initial weights and of all draws.
         save_every: seconds between saved states.
 
     Raises:
-        ValueError: without a budget, with two, or with one that is not positive.
+        ValueError: without a budget, with two, or with one that is not positive; shares out of
+            order.
     """
 
     max_features: int = 1
     max_context: int = 256
     width: int = 96
-    layers: int = 3
+    layers: int = 2
     heads: int = 6
     expansion: int = 2
     fourier_octaves: int = 4
     components: int = 6
-    refinements: int = 3
+    least_refinements: int = 1
+    refinements: int = 6
     seconds: float | None = None
     tasks: int | None = None
     queries: int = 24
@@ -86,7 +90,8 @@ class PretrainConfig:
     micro_batches: int = 2
     buffer_share: float = 0.25
     max_buffer: int = 128
-    standardized_share: float = 0.5
+    standardized_share: float = 0.6
+    bounded_share: float = 0.15
     known_share: float = 0.3
     latent_share: float = 0.25
     lr: float = 2e-3
@@ -104,6 +109,11 @@ class PretrainConfig:
             raise ValueError(
                 f"Expected a budget in seconds or in tasks, one of them; got seconds={self.seconds}"
                 f" and tasks={self.tasks}."
+            )
+        if not 0 <= self.bounded_share <= self.standardized_share <= 1:
+            raise ValueError(
+                "Expected 0 <= bounded_share <= standardized_share <= 1; got"
+                f" {self.bounded_share} and {self.standardized_share}."
             )
         if not (self.seconds or self.tasks or 0) > 0:
             raise ValueError(
@@ -132,7 +142,7 @@ class Sizes(NamedTuple):
     buffer: int
     features: int
     latents: bool
-    standardized: bool = False
+    own: FromContext = FromContext()
 
 
 def pretrain(
@@ -171,7 +181,9 @@ def pretrain(
     step, tasks, elapsed = 0, 0, 0.0
     if path.exists():
         step, tasks, elapsed = _load_state(path, config, model, average, optimizer)
-    compute = torch.compile(loss, dynamic=True) if config.compile else loss
+    if config.compile:
+        for block in model.blocks:  # sizes change in each batch: what most time goes to, for any
+            block.finish = torch.compile(block.finish, dynamic=True)  # type: ignore[method-assign]
 
     saved = began = time.monotonic()
     spent, bad = elapsed, 0
@@ -193,7 +205,7 @@ def pretrain(
             lesson = draw_lesson(prior, network, config, sizes, step, part, device)
             draw_seconds += time.monotonic() - began_draw
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                value, report_y, excess = compute(model, lesson)
+                value, report_y, excess = loss(model, lesson)
             (value / config.micro_batches).backward()
             total += torch.stack([report_y, excess]) / config.micro_batches
         _sum_over_processes(model, total, world)
@@ -253,7 +265,7 @@ class Lesson(NamedTuple):
     f_draws: Tensor  # (s, b, m) draws of the noise-free function
     entropy: Tensor  # () mean entropy of y given the latents; NaN where the prior cannot tell
     known: Tensor  # (b, slots) standardised latents, NaN where hidden from the network
-    standardized: bool  # x and y are in the units of the context
+    own: FromContext
     latents: Tensor | None  # (b, slots) all of them, when their heads are trained; NaN: none
 
 
@@ -263,7 +275,7 @@ def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     Expected negative log density of y, in nats per query, plus half of f's and a tenth of the
     latents'. Draws that surprise by more than `SHOCK` nats count less.
     """
-    context = (lesson.x, lesson.y, lesson.known, lesson.standardized)
+    context = (lesson.x, lesson.y, lesson.known, lesson.own)
     latents = lesson.latents is not None
     if lesson.buffer is None:
         final, scaling = model.answer(*context, lesson.x_query, latents=latents)
@@ -324,13 +336,16 @@ def plan(config: PretrainConfig, step: int, part: int) -> Sizes:
         buffer = 1 + int(split * min(points, config.max_buffer))
     per_task = points + config.queries
     batch = max(1, round(config.tokens / config.micro_batches / per_task))
+    own = FromContext()
+    if own_units < config.standardized_share and points > buffer:
+        own = FromContext(x=own_units >= config.bounded_share, y=True)
     return Sizes(
         batch,
         points - buffer,
         buffer,
         features,
         latents=with_latents < config.latent_share,
-        standardized=own_units < config.standardized_share and points > buffer,
+        own=own,
     )
 
 
@@ -366,8 +381,11 @@ def draw_lesson(
         if drawn.num_context is not None:  # rows past it are queries only
             x, y = x[:, : drawn.num_context], y[:, : drawn.num_context]
     k = min(sizes.context, x.shape[1])
-    if sizes.standardized:
+    own = sizes.own if k else FromContext()
+    if own.y:
         units = context_units(x[:, :k], y[:, :k])
+        if not own.x:
+            units = prior_units(x, y)._replace(y_shift=units.y_shift, y_scale=units.y_scale)
         x, x_query = units.map_x(x), units.map_x(x_query)
         y, y_draws, f_draws = (units.map_y(value) for value in (y, y_draws, f_draws))
         entropy = entropy - units.y_scale.log().mean()
@@ -389,7 +407,7 @@ def draw_lesson(
         f_draws=f_draws,
         entropy=entropy,
         known=known,
-        standardized=sizes.standardized,
+        own=own,
         latents=slots if sizes.latents and network.latent_slots else None,
     )
 
@@ -463,6 +481,7 @@ def architecture(prior: Prior, config: PretrainConfig) -> TransformerConfig:
         expansion=config.expansion,
         fourier_octaves=config.fourier_octaves,
         components=config.components,
+        least_refinements=config.least_refinements,
         refinements=config.refinements,
         y_mean=float(y.median()),
         y_std=spread or 1.0,

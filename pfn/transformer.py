@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pfn.experts import Experts, Forecast, Solved, add, forecast
+from pfn.experts import Added, Experts, Forecast, Solved, add, forecast, seen_by_each
+from pfn.units import FromContext
 
 PSEUDO_COUNT = 0.1  # weight of the prior in the frozen normalisation of y, in observations
 
@@ -48,18 +49,20 @@ class Latent:
 class TransformerConfig:
     """Everything that fixes the architecture.
 
-    There is one component of the mixture for each expert, whose hyperparameters take `refinements`
-    steps. `y_mean` and `y_std` are the prior's own moments.
+    There is one component of the mixture for each expert, whose hyperparameters take from
+    `least_refinements` to `refinements` steps. `y_mean` and `y_std` are
+    the prior's own moments.
     """
 
     max_features: int
     width: int = 96
-    layers: int = 3
+    layers: int = 2
     heads: int = 6
     expansion: int = 2
     fourier_octaves: int = 4
     components: int = 6
-    refinements: int = 3
+    least_refinements: int = 1
+    refinements: int = 6
     y_mean: float = 0.0
     y_std: float = 1.0
     latents: tuple[Latent, ...] = ()
@@ -68,10 +71,19 @@ class TransformerConfig:
         for name in ("max_features", "width", "layers", "heads", "expansion", "components"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} of at least 1; got {getattr(self, name)}.")
+        if not 0 <= self.least_refinements <= self.refinements:
+            raise ValueError(
+                f"Expected 0 <= least_refinements <= refinements; got {self.least_refinements} and"
+                f" {self.refinements}."
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"Expected a width that heads divides; got width {self.width}, heads {self.heads}."
             )
+
+    def count_refinements(self, n: int) -> int:
+        """For n context points: one more where they double, as more data say more."""
+        return min(max(self.least_refinements, int(math.log2(1 + n)) - 2), self.refinements)
 
     @property
     def latent_slots(self) -> int:
@@ -123,8 +135,8 @@ class Near(NamedTuple):
     square: Tensor  # (..., h, t, 1)
     present: Tensor  # (..., h, t, 1)
 
-    def first(self, k: int) -> Near:
-        return Near(*(part[..., :k, :] for part in self))
+    def rows(self, start: int, stop: int) -> Near:
+        return Near(*(part[..., start:stop, :] for part in self))
 
     def of_query(self) -> tuple[Tensor, Tensor, Tensor]:
         return 2 * self.scaled, -self.square, self.present
@@ -229,13 +241,11 @@ class Transformer(nn.Module):
         self.embed_y = nn.Linear(1, width)
         self.embed_query = nn.Parameter(torch.randn(width) * 0.1)
         self.embed_buffer = nn.Parameter(torch.zeros(width))
-        self.embed_task = nn.Linear(2 * config.latent_slots + config.max_features + 4, width)
+        self.embed_task = nn.Linear(2 * config.latent_slots + config.max_features + 5, width)
         self.embed_latent = nn.Parameter(torch.randn(max(config.latent_slots, 1), width) * 0.5)
         blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.blocks = cast(Sequence[Block], blocks)
-        self.experts = Experts(
-            width, config.components, config.max_features, config.latent_slots, config.refinements
-        )
+        self.experts = Experts(config)
         self.trust = nn.Parameter(torch.tensor(0.1))  # in evidence, as weights of the experts
         self.norm = nn.LayerNorm(width, bias=False)
         self.head_y = _mixture_head(config)
@@ -247,73 +257,74 @@ class Transformer(nn.Module):
         x: Tensor,
         y: Tensor,
         known: Tensor | None = None,
-        standardized: bool = False,
+        own: FromContext = FromContext(),
     ) -> Encoded:
         """Runs the context (b, n, d), (b, n) through all layers and keeps what queries need.
 
         Args:
             known: (b, latent_slots) standardised latents that are known, NaN where unknown.
-            standardized: whether the context's own moments and ranges gave x and y their units, so
-                that the prior's are lost.
+            own: which units of x and y the context itself set.
         """
-        return self._run((x, y, known, standardized), x[:, :0], latents=False)[0]
+        return self._run((x, y, known, own), x[:, :0], latents=False)[0]
 
     def answer(
         self,
         x: Tensor,
         y: Tensor,
         known: Tensor | None,
-        standardized: bool,
+        own: FromContext,
         x_query: Tensor,
         *,
         latents: bool = False,
     ) -> tuple[Final, Scaling]:
         """What `decode` gives for `encode` of a context, in one pass; and the scaling."""
-        encoded, final = self._run((x, y, known, standardized), x_query, latents)
+        encoded, final = self._run((x, y, known, own), x_query, latents)
         return final, encoded.scaling
 
     def _run(
-        self, context: tuple[Tensor, Tensor, Tensor | None, bool], x_query: Tensor, latents: bool
+        self,
+        context: tuple[Tensor, Tensor, Tensor | None, FromContext],
+        x_query: Tensor,
+        latents: bool,
     ) -> tuple[Encoded, Final]:
         """Context and queries through all layers; every token attends to the context."""
-        x, y, known, standardized = context
-        queries, where = self._embed_queries(x_query, latents)
+        x, y, known, own = context
         scaling = self.scaling(y)
         y = scaling.apply(y)
         known = self._known(known, scaling)
-        count = torch.full_like(scaling.center, x.shape[1])
-        tokens = torch.cat(
-            [
-                self._task_token(scaling, count, x.shape[-1], known, standardized),
-                self._embed_points(x, y),
-                queries,
-            ],
-            dim=1,
-        )  # (b, 1 + n + m, w)
-        k = 1 + x.shape[1]
-        there = place(x, before=1)
-        where = Place(*(torch.cat(two, dim=2) for two in zip(there, where, strict=True)))
+        (b, n, d), m, k = x.shape, x_query.shape[1], 1 + x.shape[1]
+        count = torch.full_like(scaling.center, n)
+        every = torch.cat([x, x_query], dim=1)
+        roles = [self.embed_y(y.unsqueeze(-1)), self.embed_query.expand(b, m, -1)]
+        task = self._task_token(scaling, count, d, known, own)
+        parts = [task, self._embed_features(every) + torch.cat(roles, dim=1)]
+        extra = len(self.embed_latent) if latents else 0
+        if latents:
+            parts.append(self.embed_latent.expand(b, -1, -1))
+        tokens = torch.cat(parts, dim=1)  # (b, 1 + n + m + extra, w)
+        where = place(every, before=1, after=extra)
         logits = torch.stack([block.task_logit for block in self.blocks])[:, None, :, None, None]
-        logits = logits * (1 - there.present)  # (layer, 1, h, 1 + n, 1), for the task token alone
+        logits = logits * (1 - where.present[:, :, :k])  # (layer, 1, h, 1 + n, 1), for the task's
         sharpness = self.sharpness(count[:, None])
         layers = []
         for block, sharp, logit in zip(self.blocks, sharpness, logits, strict=True):
             if block is self.blocks[-1]:
                 with torch.autocast(x.device.type, enabled=False):
                     solved, weigh, report = self.experts.solve(tokens[:, 0], known, x, y)
-                    said = forecast(solved, x_query)
                     told = [self.experts.tell_task(report), self.experts.tell_context(solved)]
-                    told += self._tell_queries(said, report, latents)
-                tokens = tokens + torch.cat(told, dim=1)
+                said, to_queries = self._ask(solved, report, x_query, latents)
+                tokens = tokens + torch.cat([*told, to_queries], dim=1)
             normed = block.norm_attention(tokens)
             metric = block.metric(normed[:, 0], x.shape[-1])
             near = where.near(metric)
-            key, value = block.keys_values(normed[:, :k], *near.first(k).of_key(logit))
+            key, value = block.keys_values(normed[:, :k], *near.rows(0, k).of_key(logit))
             layers.append(EncodedLayer(key, value, metric))
+            if block is self.blocks[-1]:  # nothing reads the context's tokens after it
+                tokens, normed, near = tokens[:, k:], normed[:, k:], near.rows(k, k + m + extra)
             query = block.queries(normed, sharp, *near.of_query())
             tokens = block.finish(tokens, attend(query, key, value))
         encoded = Encoded(layers, solved, weigh, report, scaling, count)
-        return encoded, self._finish(tokens[:, k:], said, weigh)
+        return encoded, self._finish(tokens, said, weigh)
 
     def decode(
         self,
@@ -340,9 +351,8 @@ class Transformer(nn.Module):
             layers = zip(self.blocks, encoded.layers, sharpness, nears, strict=True)
             for block, (key, value, _), sharp, near in layers:
                 if block is self.blocks[-1]:
-                    said = forecast(encoded.solved, x_query)
-                    told = self._tell_queries(said, encoded.report, latents)
-                    queries = queries + torch.cat(told, dim=1)
+                    said, told = self._ask(encoded.solved, encoded.report, x_query, latents)
+                    queries = queries + told
                 query = block.queries(block.norm_attention(queries), sharp, near)
                 queries = block.finish(queries, attend(query, key, value))
             return self._finish(queries, said, encoded.logits)
@@ -369,11 +379,13 @@ class Transformer(nn.Module):
         ):
             if block is self.blocks[-1]:
                 with torch.autocast(x_query.device.type, enabled=False):
-                    more = add(encoded.solved, x_added, y_added)
-                    said = forecast(encoded.solved, x_query, more, visible)
-                    told = [self.experts.tell_buffer(encoded.solved, more)]
-                    told += self._tell_queries(said, encoded.report, latents)
-                tokens = tokens + torch.cat(told, dim=1)
+                    points = seen_by_each(self.config.components, x_added, y_added)
+                    more = add(encoded.solved, points)
+                    to_added = self.experts.tell_buffer(encoded.solved, more)
+                said, told = self._ask(
+                    encoded.solved, encoded.report, x_query, latents, more, visible
+                )
+                tokens = tokens + torch.cat([to_added, told], dim=1)
             normed = block.norm_attention(tokens)
             key_added, value_added = block.keys_values(normed[:, :k], *new.near(metric).of_key())
             attended = attend(
@@ -385,9 +397,22 @@ class Transformer(nn.Module):
             tokens = block.finish(tokens, attended)
         return self._finish(tokens[:, k:], said, encoded.logits)
 
-    def _tell_queries(self, said: Forecast, report: Tensor, latents: bool) -> list[Tensor]:
-        told = [self.experts.tell_query(said)]
-        return [*told, self.experts.tell_latents(report)] if latents else told
+    def _ask(
+        self,
+        solved: Solved,
+        report: Tensor,
+        x_query: Tensor,
+        latents: bool,
+        added: Added | None = None,
+        visible: Tensor | None = None,
+    ) -> tuple[Forecast, Tensor]:
+        """What the experts say at queries, and what tokens (b, m [+ slots], w) learn of it."""
+        with torch.autocast(x_query.device.type, enabled=False):
+            said = forecast(solved, x_query, added, visible)
+            told = self.experts.tell_query(said)
+            if latents:
+                told = torch.cat([told, self.experts.tell_latents(report)], dim=1)
+        return said, told
 
     def _known(self, known: Tensor | None, scaling: Scaling) -> Tensor | None:
         """Known latents, which they are, and the scale of y for those (b, 3 latent_slots)."""
@@ -455,7 +480,7 @@ class Transformer(nn.Module):
         return self._embed_features(x) + self.embed_y(normalised.unsqueeze(-1))
 
     def _task_token(
-        self, scaling: Scaling, count: Tensor, d: int, known: Tensor | None, standardized: bool
+        self, scaling: Scaling, count: Tensor, d: int, known: Tensor | None, own: FromContext
     ) -> Tensor:
         """One token (b, 1, w) for what concerns the whole task: scale, size, known latents."""
         summary = torch.stack(
@@ -463,13 +488,13 @@ class Transformer(nn.Module):
                 (scaling.center - self.config.y_mean) / self.config.y_std,
                 (scaling.scale / self.config.y_std).log(),
                 count.log1p() / 5,
-                torch.full_like(count, standardized),
+                *(torch.full_like(count, flag) for flag in own),
             ],
             dim=-1,
         )
         weight, slots = self.embed_task.weight, self.config.latent_slots
         which = weight[:, 2 * slots + d - 1]  # the input that says "d features"
-        token = F.linear(summary, weight[:, -4:], self.embed_task.bias + which)
+        token = F.linear(summary, weight[:, -5:], self.embed_task.bias + which)
         if known is not None:
             token = token + F.linear(known[:, : 2 * slots], weight[:, : 2 * slots])
         return token.unsqueeze(1)

@@ -1,8 +1,9 @@
 """Units: the frozen affine maps between the data of a user and the numbers that a network sees.
 
 Without standardization numbers are in the prior's own units. With it, the context's range becomes
-the unit box and its y has mean 0 and standard deviation 1; pretraining draws tasks in both, so that
-a network knows what is lost where the context sets the units.
+the unit box, unless bounds say what does, and its y has mean 0 and standard deviation 1.
+Pretraining draws tasks in all of these units, and the network is told which (`FromContext`), so
+that it knows what is lost where the context sets them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ import torch
 from torch import Tensor
 
 REACH = 4.0  # inputs further than this many box widths outside the prior's box count as that far
+
+
+class FromContext(NamedTuple):
+    """Which units a context's own range (x) and moments (y) set, so that the prior's are lost."""
+
+    x: bool = False
+    y: bool = False
 
 
 class Units(NamedTuple):
@@ -66,17 +74,16 @@ def context_units(x: Tensor, y: Tensor) -> Units:
 
     Shifts only where a spread is zero or n < 2, and the identity at n = 0.
     """
-    units, n = prior_units(x, y), y.shape[1]
-    if n > 0:
-        low, high = x.amin(1), x.amax(1)
-        constant = high <= low
-        units = units._replace(
-            x_shift=torch.where(constant, low - 0.5, low),  # a constant column sits mid-box
-            x_scale=torch.where(constant, 1.0, high - low),
-            y_shift=y.mean(1),
-        )
-    if n > 1:
-        y_scale = y.std(1)
-        varies = (y.amax(1) > y.amin(1)) & (y_scale > 0)  # rounding gives constants a tiny spread
-        units = units._replace(y_scale=torch.where(varies, y_scale, 1.0))
-    return units
+    n = y.shape[1]
+    if y.numel() == 0:
+        return prior_units(x, y)
+    low, high = x.aminmax(dim=1)
+    constant = high <= low
+    x_shift = torch.where(constant, low - 0.5, low)  # a constant column sits mid-box
+    x_scale = torch.where(constant, 1.0, high - low)
+    if n == 1:
+        return Units(x_shift, x_scale, y[:, 0], torch.ones_like(y[:, 0]))
+    y_scale, y_shift = torch.std_mean(y, dim=1)
+    least, most = y.aminmax(dim=1)
+    varies = (most > least) & (y_scale > 0)  # rounding gives constants a tiny spread
+    return Units(x_shift, x_scale, y_shift, torch.where(varies, y_scale, 1.0))

@@ -27,7 +27,7 @@ class Lattice(NamedTuple):
     """Nodes and weights of int exp(log_density(t)) g(t) dt = sum_i exp(log_weight_i) g(t_i)."""
 
     points: Tensor  # (node, dim)
-    steps: Tensor  # (node, dim) integers, of neighbours along each axis one apart
+    lattice_index: Tensor  # (node, dim) integers; neighbours along an axis differ by one
     log_weights: Tensor  # (node,)
     spacing: Tensor  # (dim,) between nodes along each axis
     gap: float  # nats between the integrals over half the lattice, about the root of the error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import (
     Categorical,
@@ -87,7 +88,19 @@ class Diagnostics(NamedTuple):
     leapfrogs: Tensor  # mean number of gradients per draw
 
 
-class NutsPosterior(MixtureSameFamily):
+class _Mixture(MixtureSameFamily):
+    """A mixture that can be expanded, although its parts know more than torch's."""
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MixtureSameFamily:
+        """The same mixture with more batch dimensions; it states no error any more."""
+        components = *batch_shape, self._num_component
+        return MixtureSameFamily(
+            self.mixture_distribution.expand(batch_shape),
+            self.component_distribution.expand(components),
+        )
+
+
+class NutsPosterior(_Mixture):
     """A mixture over the draws of NUTS that knows the Monte Carlo error of its log density."""
 
     blocks = 10  # per chain; their means are about independent
@@ -115,7 +128,7 @@ class NutsPosterior(MixtureSameFamily):
         return (weight.square() * variance).sum(-1).sqrt()
 
 
-class QuadraturePosterior(MixtureSameFamily):
+class QuadraturePosterior(_Mixture):
     """A mixture over the nodes of a lattice that knows about how precise its log density is."""
 
     def __init__(self, mixture: Categorical, component: Normal, parity: Tensor) -> None:
@@ -123,18 +136,19 @@ class QuadraturePosterior(MixtureSameFamily):
         self._parity = parity  # (..., node, kernel, half) as in `quadrature.parities`, 0 elsewhere
 
     def log_prob_error(self, value: Tensor) -> Tensor:
-        """About how far `log_prob(value)` may be off, in nats: the square of the halves' quarrel.
+        """About how far `log_prob(value)` may be off, in nats.
 
-        The trapezoidal rule converges geometrically on smooth densities, so a lattice errs by the
-        square of what its halves err by, or less. The worst way to halve counts, summed over
-        kernels. Nodes left out add the mass that they hold.
+        That is the square of how far half lattices disagree: the trapezoidal rule converges
+        geometrically on smooth densities, so that a lattice errs by the square of what its halves
+        err by, or less. The worst way to halve counts, summed over kernels, and the mass of nodes
+        left out, which is about what they matter for a y that is no surprise.
 
         Reference: Trefethen and Weideman, The Exponentially Convergent Trapezoidal Rule, SIAM
         Review 2014, section 5.
         """
         weight = self.mixture_distribution.probs
-        log_ratio = self.component_distribution.log_prob(value.unsqueeze(-1))
-        share = (self.mixture_distribution.logits + log_ratio).softmax(-1)
+        log_density = self.component_distribution.log_prob(value.unsqueeze(-1))
+        share = (self.mixture_distribution.logits + log_density).softmax(-1)
         difference = torch.einsum("...qn,...nkh->...qkh", share - weight, self._parity)
         return (2 * difference.abs().amax(-1).sum(-1)).square() + MASS_LEFT_OUT
 
@@ -203,9 +217,18 @@ class _Nodes(NamedTuple):
     t: Tensor  # (node, dim) in the coordinates of `hyper`
     log_weights: Tensor  # (node,); their exponentials sum to p(y, kernel | x)
     spacing: Tensor  # (dim,) of a lattice; 0 for draws
-    steps: Tensor | None = None  # (node, dim) in the lattice, if any
+    lattice_index: Tensor | None = None  # (node, dim), if they are a lattice's
     draws: Draws | None = None
     log_evidence_error: float = 0.0
+
+
+class _Prediction(NamedTuple):
+    """Nodes of one task and what they predict at its queries."""
+
+    log_weights: Tensor  # (node,)
+    mean: Tensor  # (node, m)
+    spread: Tensor  # (node, m) standard deviations, or (node, m, m) Cholesky factors
+    parity: Tensor  # (node, kernel, half) of `QuadraturePosterior`
 
 
 def posterior(
@@ -344,7 +367,7 @@ def _by_quadrature(kernel: str, task: _Task, hyper: Hyperpriors, step: float) ->
 
     limits = [SPACING[c.name] / c.scale.expand(c.shape).reshape(-1) for c in hyper.coordinates]
     nodes = integrate(log_density, hyper.dim, limits=torch.cat([torch.ones(0), *limits]), step=step)
-    return _Nodes(hyper, model, nodes.points, nodes.log_weights, nodes.spacing, nodes.steps)
+    return _Nodes(hyper, model, nodes.points, nodes.log_weights, nodes.spacing, nodes.lattice_index)
 
 
 def _by_nuts(
@@ -374,7 +397,7 @@ def _distribution(
 ) -> Distribution:
     """The mixture over all nodes of each task; tasks of fewer nodes get components of weight 0."""
     predictions = [_predict(*both, latent, joint) for both in zip(tasks, nodes, strict=True)]
-    size = max(len(log_weights) for log_weights, *_ in predictions)
+    size = max(len(prediction.log_weights) for prediction in predictions)
     fill = -math.inf, 0.0, torch.eye(len(tasks[0].x_query)).double() if joint else 1.0, 0.0
     log_weights, mean, spread, parity = (
         torch.stack([_pad(part, size, f) for part in column])
@@ -398,13 +421,8 @@ def _distribution(
     return NutsPosterior(mixture, Normal(mean, spread), len(nodes[0][0].draws.t), errors.double())
 
 
-def _predict(
-    task: _Task, nodes: list[_Nodes], latent: bool, joint: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log weights (node,), means (node, m) and deviations (node, m), or factors (node, m, m).
-
-    Last the parities (node, kernel, half) of `QuadraturePosterior`.
-    """
+def _predict(task: _Task, nodes: list[_Nodes], latent: bool, joint: bool) -> _Prediction:
+    """What the nodes of all kernels predict for one task."""
     total = torch.cat([part.log_weights for part in nodes]).logsumexp(0)
     parts = []
     for kernel, part in enumerate(nodes):
@@ -424,12 +442,16 @@ def _predict(
             spread = cholesky(spread, noise + JITTER * theta["outputscale"])
         else:
             spread = (spread + noise.unsqueeze(-1)).sqrt()
-        halves = mean.new_zeros(len(keep), 0) if part.steps is None else parities(part.steps[keep])
+        halves = (
+            mean.new_zeros(len(keep), 0)
+            if part.lattice_index is None
+            else parities(part.lattice_index[keep])
+        )
+        halves = F.pad(halves, (0, 1))  # a way to halve without quarrel, where there is no other
         parity = halves.new_zeros(len(keep), len(nodes), halves.shape[1])
         parity[:, kernel] = halves
-        parts.append((log_weights[keep], mean, spread, parity))
-    log_weights, mean, spread, parity = (torch.cat(column) for column in zip(*parts, strict=True))
-    return log_weights, mean, spread, parity
+        parts.append(_Prediction(log_weights[keep], mean, spread, parity))
+    return _Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _pad(part: Tensor, size: int, fill: float | Tensor) -> Tensor:

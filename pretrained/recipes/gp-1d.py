@@ -24,8 +24,10 @@ config = PretrainConfig(
     max_context=256,
     width=128,
     heads=8,
+    layers=3,
     components=9,
+    least_refinements=3,
     fourier_octaves=6,  # the shortest period is 1/16 of the box
     lr=5e-3,
-    seconds=2700,
+    seconds=3300,
 )

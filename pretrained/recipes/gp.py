@@ -27,5 +27,5 @@ config = PretrainConfig(
     max_context=256,
     fourier_octaves=3,
     lr=5e-3,
-    seconds=3400,
+    seconds=4000,
 )

@@ -7,7 +7,7 @@ import hashlib
 import json
 import pickle
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -119,15 +119,32 @@ def test_any_altered_byte_and_any_truncation_is_noticed(saved: Path, data: st.Da
             load_checkpoint(folder)
 
 
-def test_a_newer_format_is_refused_before_anything_else_is_read(folder: Path) -> None:
-    (folder / "card.json").write_text(json.dumps({"format": FORMAT + 1, "shape": "unheard of"}))
-    with pytest.raises(ValueError, match=f"format {FORMAT + 1}.*Upgrade"):
+@pytest.mark.parametrize(("offset", "remedy"), [(1, "Upgrade"), (-1, "Train")])
+def test_another_format_is_refused_before_anything_else_is_read(
+    folder: Path, offset: int, remedy: str
+) -> None:
+    content = {"format": FORMAT + offset, "shape": "unheard of"}
+    (folder / "card.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"format {FORMAT + offset}.*{remedy}"):
         load_checkpoint(folder)
+
+
+def test_a_card_from_before_a_field_was_added_is_read_with_its_default(folder: Path) -> None:
+    card = read_card(folder)
+    content = json.loads((folder / "card.json").read_text())
+    del content["architecture"]["expansion"], content["certificate"]
+    content["card_sha256"] = ""
+    content["card_sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    (folder / "card.json").write_text(json.dumps(content))
+    default = TransformerConfig(max_features=1).expansion
+    assert card.architecture.expansion != default
+    assert read_card(folder).architecture == replace(card.architecture, expansion=default)
+    assert read_card(folder).certificate == {}
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "null", "[]", "3", '{"format": "1"}', '{"format": 1}', "{" * 9, "[" * 100_000, "\0"],
+    ["", "null", "[]", "3", '{"format": "1"}', '{"format": 2}', "{" * 9, "[" * 100_000, "\0"],
 )
 def test_what_is_no_card_is_refused(folder: Path, content: str) -> None:
     (folder / "card.json").write_text(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,20 +11,34 @@ from torch import Tensor
 
 from pfn.experts import (
     GLOBALS,
+    SCALES,
     Experts,
+    Points,
     Refinement,
+    Solved,
+    Theta,
     add,
     correlation,
     evidence_slopes,
     forecast,
     leave_one_out,
+    seen_by_each,
     solve,
     to_theta,
 )
+from pfn.transformer import Latent, TransformerConfig
 from priors import GaussianProcess
 
 KERNELS = ("rbf", "matern52", "matern32")
 D, E = 2, 6
+CONFIG = TransformerConfig(
+    max_features=3,
+    width=8,
+    heads=2,
+    components=E,
+    refinements=2,
+    latents=(Latent("noise"), Latent("mean")),
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -36,6 +51,15 @@ def hyperparameters(seed: int = 5) -> Tensor:
     return values
 
 
+def each(x: Tensor, y: Tensor) -> Points:
+    return seen_by_each(E, x, y)
+
+
+def by_expert(value: Tensor) -> Tensor:
+    """(b e, ...) as (b, e, ...)."""
+    return value.unflatten(0, (-1, E))
+
+
 X, Y, X_QUERY = draw(2, 7, D).sigmoid(), draw(2, 7, seed=1), draw(2, 5, D, seed=2).sigmoid()
 
 
@@ -43,16 +67,17 @@ X, Y, X_QUERY = draw(2, 7, D).sigmoid(), draw(2, 7, seed=1), draw(2, 5, D, seed=
 def test_experts_are_gaussian_processes(n: int) -> None:
     values = hyperparameters()
     theta = to_theta(values)
-    solved = solve(theta, X[:, :n], Y[:, :n])
+    solved = solve(theta, each(X[:, :n], Y[:, :n]))
     said = forecast(solved, X_QUERY)
     for i in range(E):
         prior = GaussianProcess(kernel=KERNELS[i * 3 // E], ard=True)
-        outputscale = solved.log_variance[:, i].exp()
+        outputscale = by_expert(solved.log_variance)[:, i, 0].exp()
+        metric = by_expert(theta.metric)[:, i, 0] / math.sqrt(SCALES[i * 3 // E])
         latents = {
-            "lengthscale": 0.5 / theta.metric[:, i, 0],  # of the unit box; the metric's is twice it
+            "lengthscale": 0.5 / metric,  # of the unit box; the metric's is twice it
             "outputscale": outputscale,
-            "noise": outputscale * theta.noise[:, i],
-            "mean": theta.mean[:, i],
+            "noise": outputscale * by_expert(theta.noise)[:, i, 0],
+            "mean": by_expert(theta.mean)[:, i, 0],
         }
         mean, variance = prior.conditional(X[:, :n], Y[:, :n], X_QUERY, latents)
         torch.testing.assert_close(said.mean[..., i], mean, rtol=1e-6, atol=1e-6)
@@ -67,19 +92,20 @@ def test_the_variance_is_scaled_by_the_residuals() -> None:
     values[..., D + 1] = 0.0  # mean
     for factor in (1.0, 100.0):
         y = factor * Y
-        solved = solve(to_theta(values), X, y)
-        square = torch.einsum("bi,beij,bj->be", y, solved.precision, y)
+        solved = solve(to_theta(values), each(X, y))
+        square = torch.einsum("bi,beij,bj->be", y, by_expert(solved.precision), y)
         expected = values[..., D + 2] + ((1 + square) / (1 + 7)).log()
-        torch.testing.assert_close(solved.log_variance, expected)
+        torch.testing.assert_close(by_expert(solved.log_variance).squeeze(-1), expected)
 
 
 def test_leaving_one_out_is_solving_without_it() -> None:
     theta = to_theta(hyperparameters())
-    solved = solve(theta, X, Y)
-    residual, log_std = leave_one_out(solved)
+    solved = solve(theta, each(X, Y))
+    residual, log_std = (by_expert(value).mT for value in leave_one_out(solved))
     for i in range(7):
         rest = [j for j in range(7) if j != i]
-        fewer = solve(theta, X[:, rest], Y[:, rest])._replace(log_variance=solved.log_variance)
+        fewer = solve(theta, each(X[:, rest], Y[:, rest]))
+        fewer = fewer._replace(log_variance=solved.log_variance)
         said = forecast(fewer, X[:, i : i + 1])
         std = (said.variance + said.noise)[:, 0].sqrt()
         torch.testing.assert_close(log_std[:, i], std.log(), rtol=1e-6, atol=1e-6)
@@ -89,45 +115,47 @@ def test_leaving_one_out_is_solving_without_it() -> None:
 
 def test_slopes_are_derivatives_of_the_evidence_at_fixed_variance() -> None:
     values = hyperparameters().requires_grad_()
-    solved = solve(to_theta(values), X, Y)
-    held = solved.log_variance.detach()
-    square = (solved.pull * (Y.unsqueeze(1) - solved.theta.mean.unsqueeze(-1))).sum(-1)
-    own = square * (-solved.log_variance).exp() + 7 * solved.log_variance
-    fixed = square * (-held).exp() + 7 * held
-    evidence = solved.log_evidence + 0.5 * (own - fixed)
-    (expected,) = torch.autograd.grad(evidence.sum(), values)
-    found = evidence_slopes(to_theta(values), X, Y)
+    solved = solve(to_theta(values), each(X, Y))
+    variance = solved.log_variance.detach()
+    (expected,) = torch.autograd.grad(evidence_at(solved, variance).sum(), values)
+    found = by_expert(evidence_slopes(to_theta(values), each(X, Y)))
     torch.testing.assert_close(found[..., : D + 2], expected[..., : D + 2], rtol=1e-7, atol=1e-9)
     moved = solved.theta.log_variance - solved.log_variance
-    torch.testing.assert_close(found[..., D + 2], moved)
+    torch.testing.assert_close(found[..., D + 2 :], by_expert(moved))
+
+
+def evidence_at(solved: Solved, log_variance: Tensor) -> Tensor:
+    """The evidence (g, 1) of all of X, Y had the function another variance."""
+    n = solved.pull.shape[1]
+    square = (solved.pull * (each(X, Y).y[:, :n] - solved.theta.mean)).sum(-1, keepdim=True)
+
+    def terms(log_variance: Tensor) -> Tensor:
+        return square * (-log_variance).exp() + n * log_variance
+
+    return solved.log_evidence + 0.5 * (terms(solved.log_variance) - terms(log_variance))
 
 
 @pytest.mark.parametrize("seen", range(5))
 def test_added_points_condition_as_a_longer_context_would(seen: int) -> None:
     theta = to_theta(hyperparameters())
-    few = solve(theta, X[:, :3], Y[:, :3])
-    added = add(few, X[:, 3:], Y[:, 3:])
+    few = solve(theta, each(X[:, :3], Y[:, :3]))
+    added = add(few, each(X[:, 3:], Y[:, 3:]))
     said = forecast(few, X_QUERY, added, torch.full((5,), seen))
-    long = solve(theta, X[:, : 3 + seen], Y[:, : 3 + seen])
+    long = solve(theta, each(X[:, : 3 + seen], Y[:, : 3 + seen]))
     at_once = forecast(long._replace(log_variance=few.log_variance), X_QUERY)
     torch.testing.assert_close(said.mean, at_once.mean)
     torch.testing.assert_close(said.variance, at_once.variance)
     # The evidence of more points at the variance that the first three set.
-    square = (long.pull * (Y[:, : 3 + seen].unsqueeze(1) - theta.mean.unsqueeze(-1))).sum(-1)
-    variance = few.log_variance
-    n = 3 + seen
-    own = square * (-long.log_variance).exp() + n * long.log_variance
-    fixed = square * (-variance).exp() + n * variance
-    expected = long.log_evidence + 0.5 * (own - fixed)
-    torch.testing.assert_close(said.log_evidence[:, 0], expected)
+    expected = by_expert(evidence_at(long, few.log_variance)).mT.expand(2, 5, E)
+    torch.testing.assert_close(said.log_evidence, expected)
 
 
 def test_gradients_match_finite_differences() -> None:
     def answer(values: Tensor, x: Tensor, y: Tensor, x_query: Tensor) -> tuple[Tensor, ...]:
-        solved = solve(to_theta(values), x, y)
-        added = add(solved, x_query[:, 1:], y[:, :2])
+        solved = solve(to_theta(values), each(x, y))
+        added = add(solved, each(x_query[:, 1:], y[:, :2]))
         said = forecast(solved, x_query[:, :2], added, torch.tensor([0, 2]))
-        return (*said, *leave_one_out(solved), evidence_slopes(to_theta(values), x, y))
+        return (*said, *leave_one_out(solved), evidence_slopes(to_theta(values), each(x, y)))
 
     inputs = (hyperparameters()[:1], X[:1, :4], Y[:1, :4], X_QUERY[:1, :3])
     inputs = tuple(value.clone().requires_grad_() for value in inputs)
@@ -139,9 +167,9 @@ def test_repeated_and_noiseless_points_have_finite_answers_and_gradients() -> No
     values[..., D] = -50.0
     values.requires_grad_()
     x = X[:, :1].expand(2, 7, D).clone().requires_grad_()
-    solved = solve(to_theta(values), x, Y)
+    solved = solve(to_theta(values), each(x, Y))
     said = forecast(solved, torch.cat([x, X_QUERY], 1))
-    slopes = evidence_slopes(to_theta(values), x, Y)
+    slopes = evidence_slopes(to_theta(values), each(x, Y))
     total = sum(part.sum() for part in (*said, *leave_one_out(solved), slopes))
     assert isinstance(total, Tensor)
     total.backward()
@@ -149,21 +177,32 @@ def test_repeated_and_noiseless_points_have_finite_answers_and_gradients() -> No
         assert value is not None and value.isfinite().all()
 
 
+def test_second_derivatives_are_refused() -> None:
+    values = hyperparameters().requires_grad_()
+    solved = solve(to_theta(values), each(X, Y))
+    (first,) = torch.autograd.grad(solved.log_evidence.sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_correlations_far_apart_are_no_denormal_numbers() -> None:
-    zero, far = torch.zeros(1, 3, 1, 1).double(), torch.full((1, 3, 1, 1), 1e4).double()
-    value = correlation(zero, far, torch.float32)
+    theta: Theta = to_theta(torch.zeros(1, 3, 1 + GLOBALS))
+    zero, far = torch.zeros(3, 1, 1).double(), torch.full((3, 1, 1), 1e4).double()
+    value = correlation(theta, zero, far)
+    assert value.dtype == torch.float32
     assert (value > 1e-30).all() and (value < 1e-5).all()
 
 
 def test_a_new_bank_proposes_the_same_to_every_task_and_refines_nothing() -> None:
     torch.manual_seed(0)
-    experts = Experts(width=8, experts=E, max_features=3, latent_slots=2, refinements=2)
+    experts = Experts(CONFIG)
     one, logits, _ = experts.solve(torch.randn(2, 8), None, X, Y)
     other, _, _ = experts.solve(torch.randn(2, 8), torch.randn(2, 6), X, Y)
     assert torch.equal(one.theta.metric, other.theta.metric)
-    spread = torch.linspace(-2, 2, E // 3).repeat(3).double()
-    expected = (0.5 * (spread - math.log(D))).exp()
-    torch.testing.assert_close(one.theta.metric[0, :, 0, 0], expected)
+    spread = torch.linspace(-2, 2, E // 3).repeat(3)
+    scale = torch.tensor(SCALES).repeat_interleave(E // 3)
+    expected = scale.sqrt() * (0.5 * (spread - math.log(D))).exp()
+    torch.testing.assert_close(by_expert(one.theta.metric)[0, :, 0, 0], expected)
     assert not logits.any()
 
 
@@ -172,19 +211,24 @@ def test_refinement_treats_features_and_experts_alike() -> None:
     rule = Refinement(8).double()
     for parameter in rule.parameters():
         torch.nn.init.normal_(parameter)
-    parts = [draw(2, E, 4 + GLOBALS, seed=i) for i in range(4)]
-    task = draw(2, 8, seed=9)
-    move = rule(*parts, task, 7)
+    known, task = draw(2, E, 4 + GLOBALS, 4), draw(2, 8, seed=9)
+    move = rule(known, task)
     order, others = torch.tensor([2, 0, 3, 1, 4, 5, 6]), torch.tensor([5, 1, 0, 2, 4, 3])
-    shuffled = rule(*(part[..., order] for part in parts), task, 7)
-    torch.testing.assert_close(shuffled, move[..., order])
-    shuffled = rule(*(part[:, others] for part in parts), task, 7)
-    torch.testing.assert_close(shuffled, move[:, others])
+    torch.testing.assert_close(rule(known[:, :, order], task), move[:, :, order])
+    torch.testing.assert_close(rule(known[:, others], task), move[:, others])
+
+
+def test_more_data_take_more_steps() -> None:
+    config = TransformerConfig(max_features=1, least_refinements=1, refinements=4)
+    taken = [config.count_refinements(n) for n in (0, 14, 15, 30, 31, 62, 63, 1000)]
+    assert taken == [1, 1, 2, 2, 3, 3, 4, 4]
+    config = replace(config, least_refinements=3)
+    assert [config.count_refinements(n) for n in (0, 62, 63)] == [3, 3, 4]
 
 
 def test_slopes_are_constants_in_training_only() -> None:
     torch.manual_seed(0)
-    experts = Experts(width=8, experts=E, max_features=3, latent_slots=2, refinements=2).double()
+    experts = Experts(CONFIG).double()
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     grads = []

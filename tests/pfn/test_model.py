@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily
 
+import pfn.experts
 import pfn.model
 from pfn.card import ModelCard
 from pfn.model import PFN
 from pfn.predictive import Predictive
 from pfn.transformer import Latent, Transformer, TransformerConfig
+from pfn.units import FromContext
 
 DIGITS = 1e-8
 few = settings(max_examples=25)
@@ -86,11 +88,15 @@ def assert_same(one: Predictive, other: Predictive, digits: float = DIGITS) -> N
 
 
 def direct(
-    x: Tensor, y: Tensor, x_query: Tensor, known: Tensor | None = None, standardized: bool = False
+    x: Tensor,
+    y: Tensor,
+    x_query: Tensor,
+    known: Tensor | None = None,
+    own: FromContext = FromContext(),
 ) -> Predictive:
     """The answer for the noise-free function straight from the network."""
     network = MODEL.transformer
-    encoded = network.encode(x[None], y[None], known, standardized)
+    encoded = network.encode(x[None], y[None], known, own)
     mixture = network.mixture_f(network.decode(encoded, x_query[None]))
     center, scale = (value[:, None, None] for value in encoded.scaling)
     means, stds = center + scale * mixture.means, scale * mixture.log_stds.exp()
@@ -162,7 +168,7 @@ def test_an_empty_context_is_answered_in_the_priors_own_units() -> None:
 
 def test_one_point_is_shifted_only() -> None:
     x, y, x_query = torch.tensor([[5.0, -3.0]]).double(), torch.tensor([70.0]).double(), draw(4, 2)
-    own = direct(x - x + 0.5, y - y, x_query + 0.5, standardized=True)
+    own = direct(x - x + 0.5, y - y, x_query + 0.5, own=FromContext(True, True))
     assert_same(MODEL.predict((x, y), x + x_query, latent=True), own.affine(70.0, 1.0))
 
 
@@ -171,7 +177,7 @@ def test_a_constant_y_is_shifted_only(value: float, digits: float) -> None:
     x, x_query = draw(7, 2).sigmoid(), draw(4, 2, seed=1)
     bounds = [[0, 0], [1, 1]]
     y = torch.full((7,), value, dtype=torch.float64)  # whose computed spread may be 1e-17, or 1e-5
-    own = direct(x, torch.zeros(7).double(), x_query, standardized=True)
+    own = direct(x, torch.zeros(7).double(), x_query, own=FromContext(x=False, y=True))
     found = MODEL.predict((x, y), x_query, bounds=bounds, latent=True)
     assert_same(found, own.affine(value, 1.0), digits)
 
@@ -179,11 +185,15 @@ def test_a_constant_y_is_shifted_only(value: float, digits: float) -> None:
 def test_a_constant_column_is_shifted_only_beside_one_that_is_scaled() -> None:
     x, y, x_query = draw(7, 2), draw(7), draw(4, 2, seed=1)
     x[:, 1] = 40.0
-    low, high = x[:, 0].min(), x[:, 0].max()
-    bounds = torch.stack([torch.stack([low, high]), torch.tensor([39.5, 40.5]).double()], 1)
-    assert_same(
-        MODEL.predict((x, y), x_query + 40), MODEL.predict((x, y), x_query + 40, bounds=bounds)
+    low, high = x[:, 0].min().item(), x[:, 0].max().item()
+    units = MODEL.condition((x, y)).units
+    assert units.x_shift.tolist() == [[low, 39.5]]
+    assert units.x_scale.tolist() == [[high - low, 1.0]]
+    own = direct(
+        units.map_x(x)[0], units.map_y(y)[0], units.map_x(x_query)[0], own=FromContext(True, True)
     )
+    found = MODEL.predict((x, y), x_query, latent=True)
+    assert_same(found, own.affine(float(units.y_shift), float(units.y_scale)))
 
 
 def test_in_a_batch_only_the_constant_task_is_not_scaled() -> None:
@@ -314,6 +324,9 @@ def test_many_queries_are_answered_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(MODEL.transformer, "decode", record)
     assert_same(MODEL.predict((x, y), x_query), whole)
     assert sizes == [4, 4, 3]
+    monkeypatch.setattr(pfn.model, "MATRICES", 8**2)  # and many tasks one by one
+    assert_same(MODEL.predict((x, y), x_query), whole)
+    assert sizes[3:] == [4, 4, 3] * 2
 
 
 def test_many_tasks_are_answered_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +348,24 @@ def test_many_tasks_are_answered_in_groups(monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_queries_get_no_answers() -> None:
     posterior = MODEL.predict((draw(7, 2), draw(7)), np.zeros((0, 2)))
     assert posterior.batch_shape == (0,) and posterior.mean.shape == (0,)
+    nothing = MODEL.predict((draw(0, 7, 2), draw(0, 7)), draw(0, 3, 2))
+    assert nothing.batch_shape == (0, 3) and nothing.mean.shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_answers_may_meet_gradients_after_those_that_needed_none(dtype: torch.dtype) -> None:
+    model = PFN(copy.deepcopy(MODEL.transformer).to(dtype), MODEL.card)
+    x, y, x_query = (value.to(dtype) for value in (draw(7, 2), draw(7), draw(4, 2, seed=1)))
+    pfn.experts._kernels.cache_clear()  # what the first call leaves there serves the second
+    pfn.experts._limits.cache_clear()
+    for answer in (model.predict((x, y), x_query), model.condition((x, y)).predict(x_query)):
+        scale = torch.ones(4, 1, dtype=dtype, requires_grad=True)
+        for part in (answer.log_weights, answer.means, answer.stds):
+            (scale * part).sum().backward()
+        assert scale.grad is not None and scale.grad.isfinite().all()
+    x_query.requires_grad_()
+    model.predict((x, y), x_query).mean.sum().backward()
+    assert x_query.grad is not None and x_query.grad.any()
 
 
 # Gradients

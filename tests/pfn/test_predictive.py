@@ -520,6 +520,23 @@ def test_a_plot_shows_mean_intervals_and_data_in_order_of_x() -> None:
     plt.close(ax.figure)
 
 
+def test_rows_are_drawn_as_intervals_ordered_by_the_mean() -> None:
+    import matplotlib.pyplot as plt
+
+    from pfn.plot import plot_rows
+
+    q = predictive()
+    figure, ax = plt.subplots()
+    plot_rows(q, ax)
+    wide, narrow, dots = ax.collections
+    order = q.mean.argsort()
+    assert_close(torch.tensor(dots.get_offsets())[:, 1], q.mean[order])
+    for bars, mass in ((wide, 0.9), (narrow, 0.5)):
+        ends = torch.tensor(np.array(bars.get_segments()))[..., 1]
+        assert_close(ends, torch.stack([bound[order] for bound in q.interval(mass)], -1))
+    plt.close(figure)
+
+
 def test_a_plot_says_what_to_do_with_more_features_or_tasks() -> None:
     q = predictive()
     with pytest.raises(ValueError, match="predict along one with the others fixed"):

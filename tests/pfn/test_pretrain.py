@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -38,7 +39,7 @@ from pfn.pretrain import (
     schedule,
 )
 from pfn.transformer import Final, Latent, Mixture, Transformer, TransformerConfig
-from pfn.units import context_units
+from pfn.units import FromContext, context_units
 from priors import ConditionalTasks, GaussianProcess, Prior, Tasks
 
 CPU = torch.device("cpu")
@@ -201,6 +202,20 @@ pretrain(GaussianProcess(), PretrainConfig(**json.loads(sys.argv[1])), Path(sys.
 """
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_layers_train_as_plain_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = functools.partial(torch.compile, backend="eager")  # which needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", compiled)
+    losses = [
+        [progress.loss for progress in run(Lines(), config, tmp_path / str(config.compile))[1]]
+        for config in (CONFIG, dataclasses.replace(CONFIG, compile=True))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, save_every=0.0)
     process = subprocess.Popen(
@@ -265,6 +280,12 @@ def test_a_recipe_needs_one_budget(budget: dict[str, Any]) -> None:
 def test_a_budget_is_positive(budget: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="positive budget; got seconds="):
         PretrainConfig(**budget)
+
+
+@pytest.mark.parametrize("shares", [{"bounded_share": 0.7}, {"standardized_share": 1.1}])
+def test_shares_of_micro_batches_are_in_order(shares: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="0 <= bounded_share <= standardized_share <= 1"):
+        PretrainConfig(tasks=1, **shares)
 
 
 # Bad draws
@@ -399,20 +420,22 @@ def test_rows_past_num_context_are_never_context() -> None:
 
 
 @pytest.mark.parametrize("buffer", [0, 3])
+@pytest.mark.parametrize("bounded", [False, True])
 def test_standardized_lessons_are_the_same_tasks_in_the_units_of_their_contexts(
-    buffer: int,
+    buffer: int, bounded: bool
 ) -> None:
     prior, config = GaussianProcess(), dataclasses.replace(CONFIG, known_share=1.0)
     plain, own = (
-        lesson_for(prior, config, Sizes(64, 6, buffer, 1, True, standardized))
-        for standardized in (False, True)
+        lesson_for(prior, config, Sizes(64, 6, buffer, 1, True, own))
+        for own in (FromContext(), FromContext(x=not bounded, y=True))
     )
-    assert own.standardized and not plain.standardized
     units = context_units(plain.x, plain.y)
+    if bounded:
+        units = units._replace(x_shift=torch.zeros(64, 1), x_scale=torch.ones(64, 1))
     near = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(own.y.mean(1), torch.zeros(64), **near)
     torch.testing.assert_close(own.y.std(1), torch.ones(64), **near)
-    assert own.x.min() == 0 and own.x.max() == 1
+    torch.testing.assert_close(own.x, units.map_x(plain.x), **near)
     torch.testing.assert_close(own.x_query, units.map_x(plain.x_query), **near)
     torch.testing.assert_close(own.y_draws, units.map_y(plain.y_draws), **near)
     torch.testing.assert_close(own.f_draws, units.map_y(plain.f_draws), **near)
@@ -437,19 +460,35 @@ def test_standardized_lessons_are_the_same_tasks_in_the_units_of_their_contexts(
 
 
 def test_a_lengthscale_of_features_with_other_ranges_has_no_value() -> None:
-    lesson = lesson_for(GaussianProcess(), CONFIG, Sizes(64, 6, 0, 2, True, standardized=True))
+    lesson = lesson_for(
+        GaussianProcess(), CONFIG, Sizes(64, 6, 0, 2, True, FromContext(True, True))
+    )
     assert lesson.latents is not None
     assert lesson.latents[:, 0].isnan().all() and lesson.latents[:, 1:].isfinite().all()
     network = random_network(architecture(GaussianProcess(), CONFIG))
     assert all(part.isfinite() for part in loss(network, lesson))
 
 
-def test_half_of_the_lessons_are_standardized_and_none_without_a_context() -> None:
+def test_most_lessons_are_standardized_some_within_bounds_and_none_without_a_context() -> None:
     sizes = [plan(CONFIG, step, 0) for step in range(1000)]
     with_context = [size for size in sizes if size.context > 0]
-    share = sum(size.standardized for size in sizes) / len(with_context)
-    assert abs(share - 0.5) < 4 * math.sqrt(0.25 / len(with_context))
-    assert not any(size.standardized for size in sizes if size.context == 0)
+    for own, expected in (
+        (FromContext(x=True, y=True), CONFIG.standardized_share - CONFIG.bounded_share),
+        (FromContext(x=False, y=True), CONFIG.bounded_share),
+    ):
+        share = sum(size.own == own for size in sizes) / len(with_context)
+        assert abs(share - expected) < 4 * math.sqrt(0.25 / len(with_context))
+    assert not any(size.own.x or size.own.y for size in sizes if size.context == 0)
+
+
+def test_a_task_without_a_context_has_the_units_of_the_prior() -> None:
+    class Empty:
+        def sample(self, *sizes: int, generator: torch.Generator) -> Tasks:
+            tasks = GaussianProcess().sample(*sizes, generator=generator)
+            return tasks._replace(num_context=0, latents={})
+
+    lesson = lesson_for(Empty(), CONFIG, Sizes(4, 6, 0, 1, False, FromContext(True, True)))
+    assert lesson.x.shape == (4, 0, 1) and lesson.own == FromContext(False, False)
 
 
 # The objective
@@ -493,7 +532,7 @@ def test_the_loss_estimates_the_cross_entropy_without_bias() -> None:
         (loss_y, network.mixture_y, 0.09, lesson.y_draws),
         (loss_f, network.mixture_f, 0.04, lesson.f_draws),
     ):
-        final, _ = network.answer(lesson.x, lesson.y, lesson.known, False, lesson.x_query)
+        final, _ = network.answer(lesson.x, lesson.y, lesson.known, lesson.own, lesson.x_query)
         _, mean, log_std = (float(part.flatten()[0]) for part in head(final))
         location = network.config.y_mean + network.config.y_std * mean
         scale = network.config.y_std * math.exp(log_std)

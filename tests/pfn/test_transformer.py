@@ -25,6 +25,7 @@ from pfn.transformer import (
     attend,
     place,
 )
+from pfn.units import FromContext
 
 ROUNDING = 1e-9
 LATENTS = (
@@ -102,8 +103,8 @@ def test_one_pass_answers_as_an_encoded_context() -> None:
     network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
     known = torch.full((2, CONFIG.latent_slots), torch.nan, dtype=torch.float64)
     known[:, 3] = 0.7
-    final, scaling = network.answer(x, y, known, True, x_query, latents=True)
-    encoded = network.encode(x, y, known, True)
+    final, scaling = network.answer(x, y, known, FromContext(True, True), x_query, latents=True)
+    encoded = network.encode(x, y, known, FromContext(True, True))
     assert close(everything(network, final), decode(network, encoded, x_query, latents=True))
     assert torch.equal(torch.stack(scaling), torch.stack(encoded.scaling))
 
@@ -243,11 +244,10 @@ def test_features_beyond_d_are_inert() -> None:
     for block in network.blocks:
         precisions = block.to_metric.weight.unflatten(0, (CONFIG.heads, 3))
         precisions[:, 2] = 100.0
-    experts, slots = network.experts, (CONFIG.components, 6)
-    for layer in (experts.to_start, experts.to_gain):
-        layer.weight.unflatten(0, slots)[:, 2] = 100.0
+    experts, count = network.experts, CONFIG.components
+    experts.propose.weight.unflatten(0, (2, count, 6))[:, :, 2] = 100.0
     for layer in (experts.to_task, experts.to_latent):
-        layer.weight[:, 2 * CONFIG.components :].unflatten(1, slots)[:, :, 2] = 100.0
+        layer.weight.unflatten(1, (count, 2 + 6))[:, :, 2 + 2] = 100.0
     assert torch.equal(decode(network, network.encode(x, y), x_query), before)
 
 
@@ -321,7 +321,7 @@ def test_scaling_shrinks_the_moments_of_y_to_the_priors_by_a_tenth_of_a_point() 
 def test_the_network_knows_whether_the_context_set_its_units() -> None:
     network, x, y, x_query = random_network(), draw(2, 7, 2), draw(2, 7), draw(2, 5, 2, seed=1)
     own = decode(network, network.encode(x, y), x_query)
-    other = decode(network, network.encode(x, y, standardized=True), x_query)
+    other = decode(network, network.encode(x, y, own=FromContext(True, True)), x_query)
     assert not torch.allclose(own, other, rtol=1e-3)
 
 
