@@ -179,8 +179,10 @@ def botorch_gp(x: Tensor) -> SingleTaskGP:
 def gpytorch_parts(d: int) -> tuple[gpytorch.likelihoods.Likelihood, gpytorch.kernels.Kernel]:
     """A likelihood and an ARD kernel with the hyperpriors of `sampling`."""
     kernel = gpytorch.kernels.RBFKernel(ard_num_dims=d, lengthscale_prior=LogNormalPrior(-0.7, 1.0))
+    above = gpytorch.constraints.GreaterThan(1e-9)  # some draws lie below the default, 1e-4
+    noise_prior = LogNormalPrior(-4.0, 1.5)
     return (
-        gpytorch.likelihoods.GaussianLikelihood(noise_prior=LogNormalPrior(-4.0, 1.5)),
+        gpytorch.likelihoods.GaussianLikelihood(noise_prior, noise_constraint=above),
         gpytorch.kernels.ScaleKernel(kernel, outputscale_prior=LogNormalPrior(0.5, 0.8)),
     )
 
