@@ -119,6 +119,8 @@ def predict(
 
     table = read_csv(train)
     names = features.split(",") if features else [name for name in table if name != target]
+    if target in names:
+        raise ValueError(f"Expected features other than the target {target!r}; got {names}.")
     y = to_numbers(table, [target], train)[:, 0]
     x = to_numbers(table, names, train)
     x_query = to_numbers(read_csv(query), names, query)
@@ -128,6 +130,7 @@ def predict(
     columns |= {f"q{round(100 * p):02}": posterior.icdf(p).tolist() for p in QUANTILES}
     if out:
         write_csv(out, columns)
+        _say(f"Wrote {out}: a row for each of {query}, in its order")
     if plot:
         _plot(plot, network.condition((x, y)), x_query, latent, [*names, target])
     rows = list(zip(*columns.values(), strict=True))
@@ -246,10 +249,10 @@ def _plot(path: Path, fitted: Fitted, x_query: Array, latent: bool, names: list[
         everything = np.concatenate([x, x_query])
         grid = np.linspace(everything.min(), everything.max(), 300)
         fitted.predict(grid, latent=latent).plot(grid, context=(x, y), ax=axes)
-        axes.set(xlabel=names[0], ylabel=names[-1])
+        axes.set_xlabel(names[0])
     else:
         plot_rows(fitted.predict(x_query, latent=latent), axes)
-        axes.set_ylabel(names[-1])
+    axes.set_ylabel(f"{names[-1]}, without noise" if latent else names[-1])
     figure.savefig(path, dpi=150)
 
 

@@ -190,7 +190,7 @@ def draw_calibration(scores: dict[tuple[str, str], list[Score]], path: Path) -> 
     rows, truth = torch.arange(len(order)), shown.truth[order]
     lower, upper = (end[order] for end in shown.interval)
     inside = (lower <= truth) & (truth <= upper)
-    right.vlines(rows, lower, upper, color=BANDS[0.5], lw=2.5, label="90 % interval")
+    right.vlines(rows, lower, upper, color=BANDS[0.5], lw=2.5, label="90% interval")
     right.plot(rows, shown.mean[order], color=BLUE, lw=2, label="mean")
     for rows_of, color, label in ((inside, INK, "inside"), (~inside, ORANGE, "outside")):
         points = rows[rows_of], truth[rows_of]

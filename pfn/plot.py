@@ -66,7 +66,7 @@ def plot_rows(posterior: Predictive, ax: Axes) -> None:
     for mass, color in BANDS.items():
         lower, upper = (_array(bound) for bound in ordered.interval(mass))
         ax.vlines(rows, lower, upper, color=color, lw=width, label=f"{mass:.0%} interval")
-    ax.scatter(rows, _array(ordered.mean), s=2 * width + 2, color=BLUE, zorder=3, label="mean")
+    ax.scatter(rows, _array(ordered.mean), s=width + 2, color=BLUE, zorder=3, label="mean")
     ax.set_xlabel("rows, ordered by prediction", color=INK)
     quiet(ax)
     ax.legend(frameon=False, fontsize="small", labelcolor=INK, reverse=True)

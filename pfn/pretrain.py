@@ -66,7 +66,7 @@ class PretrainConfig:
         bf16: matrix products in bfloat16 (master weights stay float32).
         compile: the feed-forward layers by torch.compile, where the device gains.
         seed: of the initial weights and of all draws.
-        save_every: seconds between saved states.
+        save_every: seconds between saved states; a tenth of the budget if that is less.
 
     Raises:
         ValueError: without a budget, with two, or with one that is not positive; shares out of
@@ -239,7 +239,7 @@ def pretrain(
                 sampling_share=draw_seconds / (now - began_step),
             )
             report(progress)
-            if now - saved > config.save_every:
+            if now - saved > min(config.save_every, 0.1 * (config.seconds or math.inf)):
                 saved = now
                 _save_state(path, config, model, average, optimizer, step, tasks, spent)
                 probe(_with_weights(model, average), progress)

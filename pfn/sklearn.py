@@ -43,7 +43,8 @@ class PFNRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             are more of them.
 
     Attributes:
-        fitted_: the `pfn.Fitted` behind the predictions, with sample paths and all else.
+        fitted_: the `pfn.Fitted` behind the predictions, which has `latents()` and the function
+            without noise.
 
     Example:
         >>> X = np.linspace(0, 1, 20)[:, None]

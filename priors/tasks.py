@@ -50,7 +50,10 @@ class ConditionalTasks(NamedTuple):
 
 @runtime_checkable
 class Prior(Protocol):
-    """A distribution over tasks. `posterior` and `log_evidence` are optional extras."""
+    """A distribution over tasks. `posterior` and `log_evidence` are optional extras.
+
+    So is `latent_units`, a dictionary of how latents scale with the data: "x", "y", "y^2" or "".
+    """
 
     def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
         """`batch` independent tasks of `n` points with `d` features, on the generator's device."""

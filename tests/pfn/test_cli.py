@@ -149,6 +149,7 @@ def test_predict_draws_one_feature_and_many(
         ("a,y\n1,2\n", "b\n1\n", [], "['a']"),
         ("a,z\n1,2\n", "a\n1\n", [], "'y'"),
         ("a,y\n1,2\n", "a\n1\n", ["--features", "c"], "'c'"),
+        ("a,y\n1,2\n", "a\n1\n", ["--features", "a,y"], "other than the target 'y'"),
         ("y\n1\n", "y\n1\n", [], "feature"),
         ("a,y\n1,2\n", "a\n1\n", ["--model", "no-such-model"], "no-such-model"),
         ("a,y\n1,2\n", "a\n1\n", ["--out", "no-such-folder/out.csv"], "no-such-folder"),
