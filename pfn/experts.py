@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from pfn.transformer import TransformerConfig
 
 CACHED = 2**16  # numbers, 512 KiB
-RIDGE = 1e-5  # least noise, least variance left, and first retry of a Cholesky factorisation, all
-# relative to an expert's variance
+RIDGE = 1e-5  # least noise and least variance left, relative to an expert's variance; tenfold, what
+# the first retry of a Cholesky factorisation adds
 # Correlations (1 + p r + q r^2) exp(-s r - t r^2), and slopes in r^2, (u + v r) exp(-s r - t r^2).
 # r^2 stays above `NEAR`, as 1 / r has no value at 0, and below `far`, as exp would underflow to
 # denormal numbers. Squared exponential, Matern 5/2 and 3/2 of Rasmussen and Williams, Gaussian
@@ -391,7 +391,7 @@ class _Unrecorded:
 
 
 def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """`function.apply`, or its forward pass alone, which takes half the time of a small matrix."""
+    """`function.apply`, or its forward pass alone where autograd has nothing to record."""
     if torch.is_grad_enabled():
         return function.apply(*inputs)
     return function.forward(_Unrecorded(), *inputs)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pfn.experts import Added, Experts, Forecast, Solved, add, forecast, seen_by_each
 from pfn.units import FromContext
 
+Seen = tuple[Tensor, Tensor, Tensor | None, FromContext]  # a context: x, y, known latents, units
 PSEUDO_COUNT = 0.1  # weight of the prior in the frozen normalisation of y, in observations
 
 
@@ -50,8 +51,7 @@ class TransformerConfig:
     """Everything that fixes the architecture.
 
     There is one component of the mixture for each expert, whose hyperparameters take from
-    `least_refinements` to `refinements` steps. `y_mean` and `y_std` are
-    the prior's own moments.
+    `least_refinements` to `refinements` steps. `y_mean` and `y_std` are the prior's own moments.
     """
 
     max_features: int
@@ -283,7 +283,7 @@ class Transformer(nn.Module):
 
     def _run(
         self,
-        context: tuple[Tensor, Tensor, Tensor | None, FromContext],
+        context: Seen,
         x_query: Tensor,
         latents: bool,
     ) -> tuple[Encoded, Final]:

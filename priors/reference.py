@@ -447,7 +447,9 @@ def _predict(task: _Task, nodes: list[_Nodes], latent: bool, joint: bool) -> _Pr
             if part.lattice_index is None
             else parities(part.lattice_index[keep])
         )
-        halves = F.pad(halves, (0, 1))  # a way to halve without quarrel, where there is no other
+        halves = F.pad(
+            halves, (0, 1)
+        )  # one way to halve, whose halves agree, where there is no other
         parity = halves.new_zeros(len(keep), len(nodes), halves.shape[1])
         parity[:, kernel] = halves
         parts.append(_Prediction(log_weights[keep], mean, spread, parity))

@@ -16,12 +16,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_python_blocks_run_in_order() -> None:
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # they save a figure
     torch.manual_seed(0)  # the blocks draw their data
     names: dict[str, Any] = {}
     assert len(blocks("python")) >= 5
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "posterior.png").read_bytes().startswith(b"\x89PNG")
     assert names["mean"].shape == (242,)
     assert (names["ours"].mean - names["exact"].mean).abs().max() < 0.5
     check_prior(names["my_prior"], max_features=3)
