@@ -24,6 +24,7 @@ from torch.distributions import (
     Normal,
 )
 
+from priors.context import as_tensor, read_context
 from priors.gp import JITTER, GaussianProcess, cholesky
 from priors.hyperpriors import NAMES, Hyperpriors, hyperpriors
 from priors.quadrature import Spectral, integrate, parities
@@ -471,28 +472,7 @@ def _tasks(
     given: Mapping[str, Any] | None,
 ) -> tuple[list[_Task], bool]:
     """Checked tasks in float64 on the CPU, and whether they came as a batch."""
-    x, y = (_tensor(name, value).detach() for name, value in zip(("x", "y"), context, strict=True))
-    query = None if x_query is None else _tensor("x_query", x_query)
-    if query is None:
-        query = x[..., :0] if x.dim() == 1 else x[..., :0, :]
-    query = query.unsqueeze(-1) if query.dim() == 1 else query
-    if x.dim() == 1:
-        x = x.reshape(len(x), query.shape[-1] if len(x) == 0 else 1)
-    if y.dim() == x.dim() and y.shape[-1] == 1:
-        y = y.squeeze(-1)
-    if x.dim() not in (2, 3) or y.shape != x.shape[:-1]:
-        raise ValueError(
-            "Expected a context of x (n, d) and y (n,), or x (b, n, d) and y (b, n); "
-            f"got x {tuple(x.shape)} and y {tuple(y.shape)}."
-        )
-    if query.dim() != x.dim() or (query.shape[:-2], query.shape[-1]) != (x.shape[:-2], x.shape[-1]):
-        raise ValueError(
-            f"Expected x_query like x {tuple(x.shape)} in all but the number of points; "
-            f"got {tuple(query.shape)}."
-        )
-    batched = x.dim() == 3
-    if not batched:
-        x, y, query = x.unsqueeze(0), y.unsqueeze(0), query.unsqueeze(0)
+    x, y, query, batched = read_context(context, x_query)
     latents = _given(prior, given or {}, len(x), x.shape[-1])
     rows = ({name: value[i] for name, value in latents.items()} for i in range(len(x)))
     return [_Task(*row) for row in zip(x, y, query, rows, strict=True)], batched
@@ -507,7 +487,7 @@ def _given(
     for name, value in given.items():
         if name not in names:
             raise ValueError(f"Expected given latents among {names}; got {name!r}.")
-        value = _tensor(name, value)
+        value = as_tensor(name, value)
         shape = (batch, d) if name == "lengthscale" and prior.ard else (batch,)
         try:
             latents[name] = value.expand(shape)
@@ -523,11 +503,3 @@ def _given(
         if name in ("lengthscale", "outputscale", "noise") and not (value > 0).all():
             raise ValueError(f"Expected a positive {name}; got {value.tolist()}.")
     return latents
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    tensor = tensor.to("cpu", torch.float64)
-    if not tensor.isfinite().all():
-        raise ValueError(f"Expected finite {name}; got NaN or infinity.")
-    return tensor
