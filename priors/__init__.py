@@ -1,5 +1,6 @@
 """Distributions over synthetic tasks, each with its exact or reference posterior."""
 
+from priors.bnn import BNN as BNN
 from priors.config import from_config as from_config
 from priors.config import to_config as to_config
 from priors.gp import GaussianProcess as GaussianProcess

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, distributions
 from torch.distributions import Distribution
 
+from priors.bnn import BNN
 from priors.gp import GaussianProcess
 
-PRIORS: dict[str, type] = {"GaussianProcess": GaussianProcess}
+PRIORS: dict[str, type] = {"BNN": BNN, "GaussianProcess": GaussianProcess}
 
 DISTRIBUTIONS: dict[str, Any] = {
     name: getattr(distributions, name)

@@ -1,0 +1,278 @@
+"""Finite Bayesian neural networks as priors over functions: a random network per task.
+
+Every task has its own weights, and its own variances of them where those are random too (a
+hierarchical prior, whose functions have heavy tails). A layer of all tasks is one batched matrix
+product. `BNN.draw_parameters` and `BNN.functions` are the two halves of `sample`, in coordinates
+that make functions differentiable in the variances; `bnn_reference.py` has the posterior.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Distribution, LogNormal
+
+from priors.draws import draw, draw_normal
+from priors.inputs import DESIGNS, draw_inputs
+from priors.tasks import ConditionalTasks, Tasks
+
+FLOOR = 1e-10  # of the variance of a function that is known, relative to its prior's
+CACHED = 2**17  # activations of a hidden layer at once, 1 MiB
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "relu": torch.relu,
+    "gelu": F.gelu,  # x Phi(x), not its approximation by tanh
+}
+
+Variance = float | Distribution
+
+
+class Parameters(NamedTuple):
+    """Networks, one per task: standard normal weights, and the variances that scale them."""
+
+    weights: tuple[Tensor, ...]  # of each layer (task, 1 + fan_in, fan_out), biases first
+    weight_variance: Tensor  # (task, layer)
+    bias_variance: Tensor  # (task, layer)
+    noise: Tensor  # (task,)
+
+
+@dataclass(frozen=True)
+class BNN:
+    """A prior of fully connected networks: f = b + W h_depth, y = f + noise.
+
+    h_l = activation(b_l + W_l h_{l-1}) with h_0 = sqrt(12) (x - 1/2), which has variance 1 under
+    uniform inputs; b_l ~ Normal(0, bias_variance_l) and W_l ~ Normal(0, weight_variance_l / fan_in)
+    independently. Wide networks converge to the Gaussian process of `priors.infinite_width`.
+
+    Args:
+        width: units per hidden layer.
+        depth: hidden layers, 1 to 4.
+        activation: "tanh", "erf", "relu" or "gelu".
+        weight_variance: of all weights; a number, or a distribution of which every task and layer
+            draws its own; or a tuple with one of these per layer, depth + 1 of them, the readout's
+            last.
+        bias_variance: the same of all biases.
+        noise: variance (not standard deviation) of the observation noise; a number or a
+            distribution.
+        inputs: a design in `priors.inputs.DESIGNS`, or several, one of them drawn per task.
+
+    Latents in `Tasks`, all (task,): "noise", and "weight_variance_l" and "bias_variance_l" for
+    layers l = 1 .. depth + 1, where they are not plain numbers.
+
+    Reference: Neal, Bayesian Learning for Neural Networks, 1996, chapter 2; the hierarchical prior
+    as in Tran, Rossi, Milios and Filippone, JMLR 23, 2022, section 4.2.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> BNN().sample(batch=64, n=100, d=3, generator=g).y.shape
+        torch.Size([64, 100])
+    """
+
+    width: int = 50
+    depth: int = 2
+    activation: str = "tanh"
+    weight_variance: Variance | tuple[Variance, ...] = 1.0
+    bias_variance: Variance | tuple[Variance, ...] = 1.0
+    noise: Variance = LogNormal(-4.0, 1.5)
+    inputs: str | tuple[str, ...] = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"Expected an activation among {sorted(ACTIVATIONS)}; got {self.activation!r}."
+            )
+        if not (1 <= self.depth <= 4 and self.width >= 1):
+            raise ValueError(
+                f"Expected a depth from 1 to 4 and a positive width; got {self.depth} and "
+                f"{self.width}."
+            )
+        for name in ("weight_variance", "bias_variance"):
+            values = self.variances(name)
+            if len(values) != self.depth + 1:
+                raise ValueError(
+                    f"Expected one {name} for each of {self.depth + 1} layers; got {len(values)}."
+                )
+        for name, value in self.hyperparameters.items():
+            if not isinstance(value, Distribution) and not value > 0:
+                raise ValueError(f"Expected a positive {name}; got {value}.")
+        unknown = [name for name in self.designs if name not in DESIGNS]
+        if unknown or not self.designs:
+            raise ValueError(f"Expected inputs among {sorted(DESIGNS)}; got {self.designs}.")
+
+    @property
+    def designs(self) -> tuple[str, ...]:
+        return (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
+
+    def variances(self, name: str) -> tuple[Variance, ...]:
+        """The "weight_variance" or "bias_variance" of each layer, the readout's last."""
+        value = getattr(self, name)
+        return tuple(value) if isinstance(value, tuple | list) else (value,) * (self.depth + 1)
+
+    @property
+    def hyperparameters(self) -> dict[str, Variance]:
+        """All variances by the names of their latents."""
+        layers = {
+            f"{name}_{layer}": value
+            for name in ("weight_variance", "bias_variance")
+            for layer, value in enumerate(self.variances(name), 1)
+        }
+        return layers | {"noise": self.noise}
+
+    @property
+    def latent_units(self) -> dict[str, str]:
+        """How each latent scales with the data: as "y^2", or not at all ("")."""
+        readout = f"_{self.depth + 1}"
+        return {
+            name: "y^2" if name == "noise" or name.endswith(readout) else ""
+            for name in self.hyperparameters
+        }
+
+    def posterior_is_quick(self, d: int) -> bool:
+        """No: it takes NUTS."""
+        return False
+
+    def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
+        """`batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
+        parameters = self.draw_parameters(batch, d, generator=generator)
+        x = draw_inputs(self.designs, batch, n, d, generator=generator)
+        f = self._functions_in_pieces(parameters, x)
+        noise = draw_normal(batch, n, generator=generator)
+        y = f + parameters.noise.sqrt().unsqueeze(-1) * noise
+        return Tasks(x, y, f, self.report(parameters))
+
+    def sample_conditional(
+        self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
+    ) -> ConditionalTasks:
+        """Tasks whose queries know their distribution given the weights: f itself, but for noise.
+
+        Args:
+            visible: (m,) integers in 0 .. n, the number of leading observations that query j sees;
+                they tell nothing beyond the weights.
+        """
+        tasks = self.sample(batch, n + len(visible), d, generator=generator)
+        noise = tasks.latents.get("noise", torch.full_like(tasks.y[:, 0], self.noise))
+        mean = tasks.f[:, n:]
+        return ConditionalTasks(
+            x=tasks.x[:, :n],
+            y=tasks.y[:, :n],
+            x_query=tasks.x[:, n:],
+            mean=mean,
+            variance=FLOOR * (1 + mean.square()),
+            noise=noise,
+            latents=tasks.latents,
+        )
+
+    def posterior(
+        self,
+        context: tuple[Any, Any],
+        x_query: Any,
+        latent: bool = False,
+        *,
+        joint: bool = False,
+        given: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> Distribution:
+        """The posterior predictive at `x_query` by NUTS, which needs the extra `reference`.
+
+        The readout is integrated out in closed form given every draw of the rest, so that the
+        answer is a mixture of normals also for the noise-free function.
+
+        Args:
+            context: x (n, d) or (b, n, d), or (n,) where d = 1, and y (n,) or (b, n).
+            x_query: (m, d), (b, m, d) or (m,).
+            latent: the noise-free function instead of a new observation.
+            joint: one joint distribution over all queries instead of one for each.
+            given: latents that are known, by their names in `Tasks.latents`; noise is a variance.
+            seed: of NUTS.
+
+        Returns:
+            A float64 mixture of normals, batch_shape (m,) or (b, m), which offers
+            `log_prob_error`; with `joint`, event_shape (m,) and batch_shape () or (b,).
+
+        Raises:
+            ValueError: arguments of other shapes, not finite, or of unknown latents.
+            ModuleNotFoundError: NumPyro is not installed.
+        """
+        try:
+            from priors import bnn_reference  # on demand: it imports JAX
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "The posterior of a BNN needs NUTS, from NumPyro: pip install 'pfn[reference]'."
+            ) from error
+        return bnn_reference.posterior(
+            self, context, x_query, latent, joint=joint, given=given, seed=seed
+        )
+
+    def draw_parameters(self, batch: int, d: int, *, generator: torch.Generator) -> Parameters:
+        """`batch` networks of `d` inputs, in float64 on the generator's device."""
+        weights = tuple(
+            draw_normal(batch, 1 + fan_in, fan_out, generator=generator)
+            for fan_in, fan_out in self.shapes(d)
+        )
+        weight_variance, bias_variance = (
+            torch.stack([draw(v, (batch,), generator=generator) for v in self.variances(name)], -1)
+            for name in ("weight_variance", "bias_variance")
+        )
+        noise = draw(self.noise, (batch,), generator=generator)
+        return Parameters(weights, weight_variance, bias_variance, noise)
+
+    def shapes(self, d: int) -> list[tuple[int, int]]:
+        """(fan_in, fan_out) of each layer, the readout's last."""
+        sizes = [d, *[self.width] * self.depth, 1]
+        return list(itertools.pairwise(sizes))
+
+    def functions(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """f (task, n) at x (task, n, d), differentiable in the parameters."""
+        hidden = self.features(parameters, x)
+        return _layer(parameters, self.depth, hidden).squeeze(-1)
+
+    def features(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """The last hidden layer (task, n, width) at x (task, n, d)."""
+        activation = ACTIVATIONS[self.activation]
+        hidden = math.sqrt(12) * (x - 0.5)
+        for layer in range(self.depth):
+            hidden = activation(_layer(parameters, layer, hidden))
+        return hidden  # (task, n, width)
+
+    def report(self, parameters: Parameters) -> dict[str, Tensor]:
+        """The latents that vary between tasks, each (task,)."""
+        columns = [*parameters.weight_variance.mT, *parameters.bias_variance.mT, parameters.noise]
+        named = zip(self.hyperparameters.items(), columns, strict=True)
+        return {name: column for (name, value), column in named if isinstance(value, Distribution)}
+
+    @torch.no_grad()
+    def _functions_in_pieces(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """The same as `functions`, on a CPU as many tasks at once as its cache holds."""
+        batch, n = x.shape[:2]
+        size = max(1, batch if x.device.type != "cpu" else CACHED // max(1, n * self.width))
+        pieces = [
+            self.functions(some, x[start : start + size])
+            for start, some in _pieces(parameters, size)
+        ]
+        return torch.cat(pieces) if pieces else x.new_zeros(batch, n)
+
+
+def _layer(parameters: Parameters, layer: int, hidden: Tensor) -> Tensor:
+    """b + W h of one layer, (task, n, fan_out), at h (task, n, fan_in)."""
+    weights = parameters.weights[layer]
+    weight_scale = (parameters.weight_variance[:, layer] / (weights.shape[1] - 1)).sqrt()
+    bias_scale = parameters.bias_variance[:, layer].sqrt()
+    bias = bias_scale[:, None, None] * weights[:, :1]
+    return torch.baddbmm(bias, hidden, weight_scale[:, None, None] * weights[:, 1:])
+
+
+def _pieces(parameters: Parameters, size: int) -> Iterator[tuple[int, Parameters]]:
+    """Parameters of `size` tasks at a time, each with the index of its first task."""
+    weights, *rest = parameters
+    for start in range(0, len(parameters.noise), size):
+        some = slice(start, start + size)
+        yield start, Parameters(tuple(w[some] for w in weights), *(part[some] for part in rest))
