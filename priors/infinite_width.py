@@ -1,0 +1,169 @@
+"""Kernels of infinitely wide fully connected networks, as pure functions.
+
+The hidden layers of a network with weights W ~ N(0, weight_variance / fan_in) and biases b ~ N(0,
+bias_variance) become Gaussian processes as their widths grow. Their covariances follow from layer
+to layer through the dual of the activation (`dual.py`):
+
+    q_0 = bias_variance + weight_variance <x, z> / d
+    q_l = bias_variance + weight_variance E[phi(u) phi(v)],  (u, v) ~ N(0, q_{l-1} at x and z).
+
+Depth counts hidden layers, and the readout has the same variances: q_depth is the covariance of the
+network's output (the NNGP kernel). The tangent kernel (NTK) holds the inner products of the
+output's gradients, which rule training by gradient descent: see `ntk.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from priors.dual import ACTIVATIONS, Activation
+
+
+class NetworkKernels(NamedTuple):
+    """Both kernels of one infinitely wide network."""
+
+    nngp: Tensor  # (..., n, m) covariance of the outputs at initialisation
+    ntk: Tensor  # (..., n, m) inner product of the outputs' gradients in all parameters
+
+
+def nngp(
+    x: Tensor,
+    z: Tensor,
+    *,
+    activation: str | Activation,
+    depth: int,
+    weight_variance: float | Tensor,
+    bias_variance: float | Tensor,
+) -> Tensor:
+    """Covariance (..., n, m) of the outputs of an infinitely wide network at x and z.
+
+    Args:
+        x: (..., n, d), of about unit variance per feature.
+        z: (..., m, d).
+        activation: a name in `priors.dual.ACTIVATIONS`, or an `Activation`.
+        depth: number of hidden layers; 0 is a linear model.
+        weight_variance: positive, divided by the fan-in; a number, or (...) with one per task.
+        bias_variance: not negative; a number or (...).
+
+    Reference: Lee, Bahri, Novak, Schoenholz, Pennington and Sohl-Dickstein, Deep neural networks as
+    Gaussian processes, ICLR 2018, arXiv 1711.00165, equations 4 and 5.
+    """
+    phi = _activation(activation)
+    weight, bias = (_per_task(value, x) for value in (weight_variance, bias_variance))
+    q12, q11, q22 = _inputs(x, z, weight, bias)
+    for _ in range(depth):
+        q12 = torch.addcmul(bias, weight, phi.dual(q12, q11, q22))
+        q11, q22 = (torch.addcmul(bias, weight, phi.square(q)) for q in (q11, q22))
+    return q12
+
+
+def nngp_variance(
+    x: Tensor,
+    *,
+    activation: str | Activation,
+    depth: int,
+    weight_variance: float | Tensor,
+    bias_variance: float | Tensor,
+) -> Tensor:
+    """The diagonal (..., n) of `nngp(x, x)`, at a cost linear in n; arguments as there."""
+    phi = _activation(activation)
+    weight, bias = (_per_task(value, x) for value in (weight_variance, bias_variance))
+    q = _variance(x, weight, bias)
+    for _ in range(depth):
+        q = torch.addcmul(bias, weight, phi.square(q))
+    return q.squeeze(-1)
+
+
+def network_kernels(
+    x: Tensor,
+    z: Tensor,
+    *,
+    activation: str | Activation,
+    depth: int,
+    weight_variance: float | Tensor,
+    bias_variance: float | Tensor,
+) -> NetworkKernels:
+    """The NNGP and the NTK of one network in one pass; arguments as in `nngp`.
+
+    The NTK is of the parameterisation in which weights and biases are standard normal and a layer
+    is sqrt(weight_variance / fan_in) W h + sqrt(bias_variance) b.
+
+    Reference: Jacot, Gabriel and Hongler, Neural tangent kernel, NeurIPS 2018, arXiv 1806.07572,
+    theorem 1.
+    """
+    phi = _activation(activation)
+    weight, bias = (_per_task(value, x) for value in (weight_variance, bias_variance))
+    q12, q11, q22 = _inputs(x, z, weight, bias)
+    tangent = q12
+    for _ in range(depth):
+        inner = weight * phi.slope_dual(q12, q11, q22) * tangent
+        q12 = torch.addcmul(bias, weight, phi.dual(q12, q11, q22))
+        q11, q22 = (torch.addcmul(bias, weight, phi.square(q)) for q in (q11, q22))
+        tangent = q12 + inner
+    return NetworkKernels(q12, tangent)
+
+
+def ntk(
+    x: Tensor,
+    z: Tensor,
+    *,
+    activation: str | Activation,
+    depth: int,
+    weight_variance: float | Tensor,
+    bias_variance: float | Tensor,
+) -> Tensor:
+    """The neural tangent kernel (..., n, m) between x and z; see `network_kernels`."""
+    return network_kernels(
+        x,
+        z,
+        activation=activation,
+        depth=depth,
+        weight_variance=weight_variance,
+        bias_variance=bias_variance,
+    ).ntk
+
+
+def ntk_variance(
+    x: Tensor,
+    *,
+    activation: str | Activation,
+    depth: int,
+    weight_variance: float | Tensor,
+    bias_variance: float | Tensor,
+) -> Tensor:
+    """The diagonal (..., n) of `ntk(x, x)`, at a cost linear in n; arguments as in `nngp`."""
+    phi = _activation(activation)
+    weight, bias = (_per_task(value, x) for value in (weight_variance, bias_variance))
+    q = tangent = _variance(x, weight, bias)
+    for _ in range(depth):
+        inner = weight * phi.slope_square(q) * tangent
+        q = torch.addcmul(bias, weight, phi.square(q))
+        tangent = q + inner
+    return tangent.squeeze(-1)
+
+
+def _activation(activation: str | Activation) -> Activation:
+    if isinstance(activation, Activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"Expected an activation among {sorted(ACTIVATIONS)}; got {activation!r}.")
+    return ACTIVATIONS[activation]
+
+
+def _per_task(value: float | Tensor, like: Tensor) -> Tensor:
+    """One value per task as (..., 1, 1), to broadcast against matrices and columns."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)[..., None, None]
+
+
+def _inputs(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariance (..., n, m) of the first layer, and its variances (..., n, 1) and (..., 1, m)."""
+    q12 = torch.addcmul(bias, weight, x @ z.mT / x.shape[-1])
+    return q12, _variance(x, weight, bias), _variance(z, weight, bias).mT
+
+
+def _variance(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Variance (..., n, 1) of the first layer."""
+    return torch.addcmul(bias, weight, x.square().mean(-1, keepdim=True))
