@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LEAKY_SLOPE = 0.01  # of torch.nn.LeakyReLU
@@ -48,10 +49,10 @@ def abrelu(negative: float, positive: float) -> Activation:
     level = (positive**2 + negative**2) / 2
 
     def dual(q12: Tensor, q11: Tensor, q22: Tensor) -> Tensor:
-        return _BentDual.apply(*torch.broadcast_tensors(q12, q11, q22), bend, level)
+        return _BentDual.apply(*_with_deviations(q12, q11, q22), bend, level)
 
     def slope_dual(q12: Tensor, q11: Tensor, q22: Tensor) -> Tensor:
-        return level - bend * _angle(q12, q11, q22)[1]
+        return level - bend * _angle(*_with_deviations(q12, q11, q22))[1]
 
     return Activation(
         function=lambda u: torch.where(u < 0, negative * u, positive * u),
@@ -65,45 +66,62 @@ def abrelu(negative: float, positive: float) -> Activation:
 class _BentDual(torch.autograd.Function):
     """f s + (level - f theta) q12 with its exact gradient, in which all that is singular cancels.
 
-    The derivatives are g = level - f theta in q12 and f s / (2 q11) in q11; automatic
+    The derivatives are level - f theta in q12 and f s / d in a standard deviation d; automatic
     differentiation would divide by s, which is zero where u = v.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q12: Tensor, q11: Tensor, q22: Tensor, bend: float, level: float) -> Tensor:
-        side, angle = _angle(q12, q11, q22)
-        return angle.mul_(-bend).add_(level).mul_(q12).add_(side, alpha=bend)
+    def forward(q12: Tensor, d1: Tensor, d2: Tensor, bend: float, level: float) -> Tensor:
+        cosine = (q12 / d1).div_(d2)
+        sine = torch.mul(cosine, cosine).neg_().add_(1)
+        sine = F.threshold_(sine, _rounding(q12), 0.0).sqrt_()
+        angle = torch.atan2(sine, cosine)
+        unit = angle.mul_(-bend).add_(level).mul_(cosine).add_(sine, alpha=bend)
+        return unit.mul_(d1).mul_(d2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *covariances, ctx.bend, ctx.level = inputs
-        ctx.save_for_backward(*covariances)
+        *covariance, ctx.bend, ctx.level = inputs
+        ctx.save_for_backward(*covariance)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q12, q11, q22 = ctx.saved_tensors
-        side, angle = _angle(q12, q11, q22)
-        tiny = torch.finfo(q12.dtype).tiny  # a point at the origin without bias: 0 / tiny = 0
-        shared = grads[0] * side * (ctx.bend / 2)
+        q12, d1, d2 = ctx.saved_tensors
+        sine, angle = _angle(q12, d1, d2)
         by_q12 = grads[0] * (ctx.level - ctx.bend * angle)
-        return by_q12, shared / q11.clamp_min(tiny), shared / q22.clamp_min(tiny), None, None
+        shared = grads[0] * ctx.bend * sine
+        return by_q12, shared * d2, shared * d1, None, None
 
 
-def _angle(q12: Tensor, q11: Tensor, q22: Tensor) -> tuple[Tensor, Tensor]:
-    """s = sqrt(q11 q22 - q12^2) and the angle atan2(s, q12) between u and v, in [0, pi].
+def _with_deviations(q12: Tensor, q11: Tensor, q22: Tensor) -> tuple[Tensor, ...]:
+    """The covariance and two standard deviations of its shape, positive also at variance 0."""
+    tiny = torch.finfo(q12.dtype).tiny
+    deviations = (q.clamp_min(tiny).sqrt() for q in (q11, q22))
+    return torch.broadcast_tensors(q12, *deviations)
 
-    What rounding leaves of s between equal points, some 1e-8, would be an error of that size in the
-    angle: below it both are exactly zero, with a zero gradient.
+
+def _angle(q12: Tensor, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+    """The sine of the angle between u and v, and the angle in [0, pi].
+
+    Where they coincide both have a zero gradient instead of an infinite one.
     """
-    product = q11 * q22
-    square = torch.addcmul(product, q12, q12, value=-1)
-    apart = square > 64 * torch.finfo(q12.dtype).eps * product
-    side = square.where(apart, 1.0).sqrt()
-    angle = torch.atan2(side, q12)
+    cosine = q12 / d1 / d2
+    square = 1 - cosine.square()
+    apart = square > _rounding(q12)
+    sine = square.where(apart, 1.0).sqrt()
+    angle = torch.atan2(sine, cosine)
     aligned = torch.where(q12 < 0, math.pi, 0.0).to(q12.dtype)
-    return side.where(apart, 0.0), angle.where(apart, aligned)
+    return sine.where(apart, 0.0), angle.where(apart, aligned)
+
+
+def _rounding(like: Tensor) -> float:
+    """What may be left of 1 - cosine^2 between equal points; such angles count as zero.
+
+    Its square root would be an error of 1e-8 in the angle, and of that size in the slope's dual.
+    """
+    return 64 * torch.finfo(like.dtype).eps
 
 
 def _erf_dual(q12: Tensor, q11: Tensor, q22: Tensor) -> Tensor:
@@ -178,7 +196,7 @@ ACTIVATIONS: dict[str, Activation] = {
         slope_square=lambda q: (4 / math.pi) * (1 + 4 * q).rsqrt(),
     ),
     "gelu": Activation(
-        function=torch.nn.functional.gelu,
+        function=F.gelu,
         dual=_gelu_dual,
         slope_dual=_gelu_slope_dual,
         square=_gelu_square,
