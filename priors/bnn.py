@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution, LogNormal
 
 from priors.draws import draw, draw_normal
+from priors.flows import WeightFlow
 from priors.inputs import DESIGNS, draw_inputs
 from priors.tasks import ConditionalTasks, Tasks
 
@@ -63,6 +64,9 @@ class BNN:
         bias_variance: the same of all biases.
         noise: variance (not standard deviation) of the observation noise; a number or a
             distribution.
+        flow: of each hidden layer, a distribution of the bias and weights of a unit in place of
+            the standard normal one, before they are scaled; such a network takes the number of
+            features that its first flow is for. The readout stays normal. `priors.match` fits them.
         inputs: a design in `priors.inputs.DESIGNS`, or several, one of them drawn per task.
 
     Latents in `Tasks`, all (task,): "noise", and "weight_variance_l" and "bias_variance_l" for
@@ -84,6 +88,7 @@ class BNN:
     bias_variance: Variance | tuple[Variance, ...] = 1.0
     noise: Variance = LogNormal(-4.0, 1.5)
     inputs: str | tuple[str, ...] = "uniform"
+    flow: tuple[WeightFlow, ...] = ()
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -102,8 +107,15 @@ class BNN:
                     f"Expected one {name} for each of {self.depth + 1} layers; got {len(values)}."
                 )
         for name, value in self.hyperparameters.items():
-            if not isinstance(value, Distribution) and not value > 0:
+            if isinstance(value, Distribution) or value > 0:
+                continue
+            if not (name.startswith("bias") and value == 0):
                 raise ValueError(f"Expected a positive {name}; got {value}.")
+        if self.flow and [f.dim for f in self.flow[1:]] != [1 + self.width] * (self.depth - 1):
+            raise ValueError(
+                f"Expected a flow for each of {self.depth} hidden layers, of {1 + self.width} "
+                f"dimensions but in the first; got dimensions {[f.dim for f in self.flow]}."
+            )
         unknown = [name for name in self.designs if name not in DESIGNS]
         if unknown or not self.designs:
             raise ValueError(f"Expected inputs among {sorted(DESIGNS)}; got {self.designs}.")
@@ -207,12 +219,8 @@ class BNN:
             ValueError: arguments of other shapes, not finite, or of unknown latents.
             ModuleNotFoundError: NumPyro is not installed.
         """
-        try:
-            from priors import bnn_reference  # on demand: it imports JAX
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "The posterior of a BNN needs NUTS, from NumPyro: pip install 'pfn[reference]'."
-            ) from error
+        from priors import bnn_reference  # on demand: it is built on this module
+
         return bnn_reference.posterior(
             self, context, x_query, latent, joint=joint, given=given, seed=seed
         )
@@ -236,6 +244,10 @@ class BNN:
 
     def shapes(self, d: int) -> list[tuple[int, int]]:
         """(fan_in, fan_out) of each layer, the readout's last."""
+        if self.flow and self.flow[0].dim != 1 + d:
+            raise ValueError(
+                f"Expected {self.flow[0].dim - 1} features, which the flow is for; got {d}."
+            )
         sizes = [d, *[self.width] * self.depth, 1]
         return list(itertools.pairwise(sizes))
 
@@ -245,13 +257,26 @@ class BNN:
 
     def features(self, parameters: Parameters, x: Tensor) -> Tensor:
         """The last hidden layer (task, n, width) at x (task, n, d), differentiable too."""
-        return self._hidden(parameters, _standardised(x))
+        return self._hidden(parameters, standardise_inputs(x))
+
+    def readout_basis(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """Psi (task, n, 1 + width) such that f = Psi w with w standard normal: f's covariance given
+        all but the readout is Psi Psi'. The readout's own weights need not be in `parameters`.
+        """
+        hidden = self.features(parameters, x)
+        bias_scale = parameters.bias_variance[:, -1:, None].sqrt().expand(*hidden.shape[:2], 1)
+        weight_scale = (parameters.weight_variance[:, -1:, None] / self.width).sqrt()
+        return torch.cat([bias_scale, weight_scale * hidden], -1)
+
+    def all_latents(self, parameters: Parameters) -> dict[str, Tensor]:
+        """All variances by name, each (task,)."""
+        columns = [*parameters.weight_variance.mT, *parameters.bias_variance.mT, parameters.noise]
+        return dict(zip(self.hyperparameters, columns, strict=True))
 
     def report(self, parameters: Parameters) -> dict[str, Tensor]:
-        """The latents that vary between tasks, each (task,)."""
-        columns = [*parameters.weight_variance.mT, *parameters.bias_variance.mT, parameters.noise]
-        named = zip(self.hyperparameters.items(), columns, strict=True)
-        return {name: column for (name, value), column in named if isinstance(value, Distribution)}
+        """The variances that differ between tasks."""
+        latents, priors = self.all_latents(parameters), self.hyperparameters
+        return {name: v for name, v in latents.items() if isinstance(priors[name], Distribution)}
 
     @torch.no_grad()
     def _functions_in_single_precision(self, parameters: Parameters, x: Tensor) -> Tensor:
@@ -261,7 +286,7 @@ class BNN:
         """
         batch, n = x.shape[:2]
         size = max(1, batch if x.device.type != "cpu" else CACHED // max(1, n * self.width))
-        hidden = _standardised(x).float()
+        hidden = standardise_inputs(x).float()
         pieces = [
             self._readout(some, self._hidden(some, hidden[start : start + size]))
             for start, some in _pieces(parameters, size)
@@ -270,6 +295,9 @@ class BNN:
 
     def _hidden(self, parameters: Parameters, inputs: Tensor) -> Tensor:
         activation = ACTIVATIONS[self.activation]
+        layers = zip(self.flow, parameters.weights, strict=False)  # none, or all but the readout
+        flowed = tuple(flow.forward(weights.mT).value.mT for flow, weights in layers)
+        parameters = parameters._replace(weights=flowed + parameters.weights[len(flowed) :])
         for layer in range(self.depth):
             inputs = activation(_layer(parameters, layer, inputs))
         return inputs  # (task, n, width)
@@ -278,7 +306,7 @@ class BNN:
         return _layer(parameters, self.depth, hidden).squeeze(-1)
 
 
-def _standardised(x: Tensor) -> Tensor:
+def standardise_inputs(x: Tensor) -> Tensor:
     """Inputs with mean 0 and variance 1 where x is uniform on the box."""
     return math.sqrt(12) * (x - 0.5)
 
