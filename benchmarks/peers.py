@@ -28,7 +28,7 @@ from torch import Tensor
 from pfn.pretrain import PretrainConfig, pretrain
 from pfn.transformer import Transformer
 from priors import GaussianProcess, Prior, Tasks
-from priors.gp import cholesky
+from priors.kernel_prior import cholesky
 from priors.kernels import rbf
 
 PRIOR = GaussianProcess(lengthscale=0.2, outputscale=1.0, noise=0.01)

@@ -4,8 +4,13 @@ from priors.bnn import BNN as BNN
 from priors.config import from_config as from_config
 from priors.config import to_config as to_config
 from priors.gp import GaussianProcess as GaussianProcess
+from priors.kernel_prior import KernelPrior as KernelPrior
+from priors.mixture import Mixture as Mixture
+from priors.nngp import NNGP as NNGP
 from priors.reference import Marginal as Marginal
 from priors.reference import nuts_posterior as nuts_posterior
+from priors.scale_mixture import ScaleMixture as ScaleMixture
+from priors.scales import BurrXII as BurrXII
 from priors.tasks import ConditionalPrior as ConditionalPrior
 from priors.tasks import ConditionalTasks as ConditionalTasks
 from priors.tasks import Prior as Prior

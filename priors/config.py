@@ -16,8 +16,18 @@ from torch.distributions import Distribution
 
 from priors.bnn import BNN
 from priors.gp import GaussianProcess
+from priors.mixture import Mixture
+from priors.nngp import NNGP
+from priors.scale_mixture import ScaleMixture
+from priors.scales import BurrXII
 
-PRIORS: dict[str, type] = {"BNN": BNN, "GaussianProcess": GaussianProcess}
+PRIORS: dict[str, type] = {
+    "BNN": BNN,
+    "GaussianProcess": GaussianProcess,
+    "Mixture": Mixture,
+    "NNGP": NNGP,
+    "ScaleMixture": ScaleMixture,
+}
 
 DISTRIBUTIONS: dict[str, Any] = {
     name: getattr(distributions, name)
@@ -25,7 +35,7 @@ DISTRIBUTIONS: dict[str, Any] = {
         "Beta Cauchy Chi2 Exponential Gamma Gumbel HalfCauchy HalfNormal InverseGamma Kumaraswamy "
         "Laplace LogNormal Normal Pareto StudentT Uniform Weibull"
     ).split()
-}
+} | {"BurrXII": BurrXII}
 
 
 def to_config(value: Any) -> Any:

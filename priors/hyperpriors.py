@@ -6,9 +6,10 @@ log-normal prior is exactly Normal(0, 1).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +19,19 @@ from torch.distributions.transforms import Transform
 from priors.draws import draw
 
 if TYPE_CHECKING:
-    from priors.gp import GaussianProcess
-
-NAMES = ("lengthscale", "outputscale", "noise", "mean")
+    from priors.kernel_prior import KernelPrior
 
 
 class Coordinate(NamedTuple):
-    """One hyperparameter, or the lengthscales of all features: value = factor * transform(t)."""
+    """One hyperparameter, or one for each feature: value = factor * transform(t)."""
 
     name: str
     prior: Distribution
     location: Tensor  # of the unconstrained hyperparameter, location + scale * t
     scale: Tensor
     factor: float
-    shape: tuple[int, ...]  # (), or (dim,) for one lengthscale per feature
+    shape: tuple[int, ...]  # (), or (dim,) for one per feature
+    spacing: float  # of lattice nodes, at most, in the unconstrained hyperparameter
 
     @property
     def transform(self) -> Transform:
@@ -71,6 +71,14 @@ class Hyperpriors(NamedTuple):
             total = total + log_density.reshape(len(t), -1).sum(-1)
         return total
 
+    def draw(self, count: int, *, generator: torch.Generator) -> Tensor:
+        """Independent draws (count, dim) of the prior, in its coordinates."""
+        columns = [
+            c.transform.inv(draw(c.prior, (count, *c.shape), generator=generator))
+            for c in self.coordinates
+        ]
+        return torch.cat([column.reshape(count, -1) for column in columns], 1)
+
     def _parts(self, t: Tensor) -> list[tuple[Coordinate, Tensor]]:
         parts, start = [], 0
         for coordinate in self.coordinates:
@@ -80,17 +88,15 @@ class Hyperpriors(NamedTuple):
         return parts
 
 
-def hyperpriors(prior: GaussianProcess, d: int, given: Mapping[str, Tensor]) -> Hyperpriors:
+def hyperpriors(prior: KernelPrior, d: int, given: Mapping[str, Tensor]) -> Hyperpriors:
     """The hyperpriors of one task with `d` features, where `given` are known to the user.
 
     Args:
-        given: name -> tensor () or, for lengthscales of an ARD prior, (d,).
+        given: name -> tensor () or, for one hyperparameter per feature, (d,); also the index of the
+            alternative, by the name in `KernelPrior.choice`.
     """
     coordinates, known, mean_variance = [], {}, 0.0
-    for name in NAMES:
-        shape = (d,) if name == "lengthscale" and prior.ard else ()
-        factor = math.sqrt(d) if name == "lengthscale" and prior.scale_with_dimension else 1.0
-        value = getattr(prior, name)
+    for name, value, _, shape, factor, spacing in prior.hyperparameters(d):
         if name in given:
             known[name] = given[name].to(torch.float64).expand(shape)
         elif not isinstance(value, Distribution):
@@ -99,9 +105,21 @@ def hyperpriors(prior: GaussianProcess, d: int, given: Mapping[str, Tensor]) -> 
             known[name] = value.loc.to(torch.float64)
             mean_variance = float(value.scale) ** 2
         else:
+            value = _in_float64(value)
             location, scale = _standardise(value)
-            coordinates.append(Coordinate(name, value, location, scale, factor, shape))
+            coordinates.append(Coordinate(name, value, location, scale, factor, shape, spacing))
+    if prior.choice in given:
+        known[prior.choice] = given[prior.choice].to(torch.float64)
     return Hyperpriors(tuple(coordinates), known, mean_variance)
+
+
+def _in_float64(prior: Distribution) -> Distribution:
+    """The same distribution with its parameters in float64, where its constructor shows them."""
+    cls: Any = type(prior)
+    names = [name for name in inspect.signature(cls).parameters if name != "validate_args"]
+    parameters = {name: getattr(prior, name, None) for name in names}
+    tensors = {name: v.double() for name, v in parameters.items() if isinstance(v, Tensor)}
+    return cls(**tensors) if len(tensors) == len(names) else prior
 
 
 def _standardise(prior: Distribution) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ random order, so that any split into context and query is valid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -51,6 +52,11 @@ DESIGNS: dict[str, Design] = {
     "clustered": clustered,
     "grid": grid,
 }
+
+
+def standardise_inputs(x: Tensor) -> Tensor:
+    """Inputs as networks see them: of mean 0 and variance 1 under the uniform design."""
+    return math.sqrt(12) * (x - 0.5)
 
 
 def draw_inputs(

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from priors.config import to_config
 from priors.hyperpriors import Hyperpriors
-from priors.quadrature import JITTER
+from priors.kernel_prior import JITTER
 
 
 class Settings(NamedTuple):

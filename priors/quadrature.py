@@ -12,15 +12,13 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from priors.kernels import KERNELS
-
-JITTER = 1e-10  # relative to the outputscale, on the diagonal of K, as in the prior's own draws
+from priors.kernel_prior import JITTER, KernelPrior
 
 
 class Lattice(NamedTuple):
@@ -140,21 +138,23 @@ def _axes(dim: int) -> Tensor:
 
 
 class Spectral:
-    """One task under one kernel: likelihoods and predictions for many hyperparameters at once.
+    """One task: likelihoods and predictions for many hyperparameters at once.
 
-    With K = U diag(lambda) U' for a lengthscale, the covariance of y is U diag(v) U' + c 1 1',
-    v = outputscale lambda + noise, where c is the variance of a normal mean: all that depends on
-    the other hyperparameters costs O(n).
+    With K = U diag(lambda) U' the unit kernel at the hyperparameters that shape it, the covariance
+    of y is U diag(v) U' + c 1 1', v = signal lambda + noise, where c is the variance of a normal
+    mean: all that depends on the other hyperparameters costs O(n).
 
     Args:
-        kernel: a name in `priors.kernels.KERNELS`.
+        prior: of the task.
         x: (point, dim).
         y: (point,).
         mean_variance: prior variance c of the constant mean around theta["mean"].
     """
 
-    def __init__(self, kernel: str, x: Tensor, y: Tensor, mean_variance: float = 0.0) -> None:
-        self.kernel, self.x, self.y, self.mean_variance = KERNELS[kernel], x, y, mean_variance
+    def __init__(
+        self, prior: KernelPrior, x: Tensor, y: Tensor, mean_variance: float = 0.0
+    ) -> None:
+        self.prior, self.x, self.y, self.mean_variance = prior, x, y, mean_variance
         self._known: dict[tuple[float, ...], tuple[Tensor, ...]] = {}
 
     def log_likelihood(self, theta: dict[str, Tensor]) -> Tensor:
@@ -180,51 +180,56 @@ class Spectral:
 
         Reference: Rasmussen and Williams, equations 2.25, 2.26 and 2.41 to 2.42.
         """
-        nodes, m = len(theta["noise"]), len(x_query)
+        nodes, m = len(theta["mean"]), len(x_query)
         mean = x_query.new_empty(nodes, m)
         spread = x_query.new_empty(nodes, m, m) if joint else x_query.new_empty(nodes, m)
         constant, constant_variance = self.mean(theta)
+        signal = self.prior.variances(theta)[0].unsqueeze(-1)
         v, z, a = self._whitened(theta)
         z = z - (constant - theta["mean"]).unsqueeze(-1) * a
-        rows, plane = _rows(theta["lengthscale"]).unique(dim=0, return_inverse=True)
-        for i, lengthscale in enumerate(rows):
-            at = plane == i
-            cross = self.kernel(x_query, self.x, lengthscale) @ self._spectrum(lengthscale)[1]
-            scale, inverse = theta["outputscale"][at].unsqueeze(-1), 1 / v[at]
+        for at, shape in self._planes(theta):
+            cross = self._kernel(x_query, self.x, shape) @ self._spectrum(shape)[1]
+            scale, inverse = signal[at], 1 / v[at]
             mean[at] = constant[at].unsqueeze(-1) + (scale * z[at] * inverse) @ cross.T
             rest = 1 - (scale * a[at] * inverse) @ cross.T  # of the mean, not seen through y
             if joint:
-                prior = scale.unsqueeze(-1) * self.kernel(x_query, x_query, lengthscale)
+                prior = scale.unsqueeze(-1) * self._kernel(x_query, x_query, shape)
                 scaled = (scale * inverse.sqrt()).unsqueeze(-2) * cross
                 left = (constant_variance[at].sqrt().unsqueeze(-1) * rest).unsqueeze(-1)
                 spread[at] = prior - scaled @ scaled.mT + left @ left.mT
             else:
-                each = x_query.unsqueeze(-2)  # (query, 1, dim): one matrix of size one per query
-                prior = scale * self.kernel(each, each, lengthscale).flatten()
+                prior = scale * self.prior.unit_variance(x_query.unsqueeze(0), shape)
                 explained = (scale.square() * inverse) @ cross.square().T
-                floor = JITTER * scale
-                variance = (prior - explained).clamp_min(floor)
+                variance = (prior - explained).clamp_min(JITTER * scale)
                 spread[at] = variance + constant_variance[at].unsqueeze(-1) * rest.square()
         return mean, spread
 
     def _whitened(self, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Variances v, targets U'(y - mean) and constant U'1, each (node, n)."""
-        rows, plane = _rows(theta["lengthscale"]).unique(dim=0, return_inverse=True)
-        spectra = [self._spectrum(lengthscale) for lengthscale in rows]
-        eigenvalues, y, ones = (torch.stack([s[i] for s in spectra])[plane] for i in (0, 2, 3))
+        nodes, n = len(theta["mean"]), len(self.y)
+        eigenvalues, y, ones = (self.y.new_empty(nodes, n) for _ in range(3))
+        for at, shape in self._planes(theta):
+            eigenvalues[at], _, y[at], ones[at] = self._spectrum(shape)
         z = y - theta["mean"].unsqueeze(-1) * ones
-        scale, noise = theta["outputscale"].unsqueeze(-1), theta["noise"].unsqueeze(-1)
-        return scale * (eigenvalues + JITTER) + noise, z, ones
+        signal, noise = (value.unsqueeze(-1) for value in self.prior.variances(theta))
+        return signal * (eigenvalues + JITTER) + noise, z, ones
 
-    def _spectrum(self, lengthscale: Tensor) -> tuple[Tensor, ...]:
-        """Eigenvalues, eigenvectors U, U'y and U'1 of K at a lengthscale (1 or dim,)."""
-        key = tuple(lengthscale.tolist())
+    def _planes(self, theta: dict[str, Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Nodes that share a unit kernel, and what shapes it, (1,) or (1, dim) each."""
+        names = [*self.prior.shaping, *({self.prior.choice} & set(theta))]
+        nodes = len(theta["mean"])
+        rows = torch.cat([theta[name].reshape(nodes, -1).double() for name in names], 1)
+        plane = rows.unique(dim=0, return_inverse=True)[1]
+        for at in plane.argsort(stable=True).split(plane.bincount().tolist()):
+            yield at, {name: theta[name][at[:1]] for name in names}
+
+    def _kernel(self, x: Tensor, z: Tensor, shape: dict[str, Tensor]) -> Tensor:
+        return self.prior.unit_covariance(x.unsqueeze(0), z.unsqueeze(0), shape).squeeze(0)
+
+    def _spectrum(self, shape: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Eigenvalues, eigenvectors U, U'y and U'1 of K."""
+        key = tuple(number for value in shape.values() for number in value.flatten().tolist())
         if key not in self._known:
-            values, vectors = torch.linalg.eigh(self.kernel(self.x, self.x, lengthscale))
+            values, vectors = torch.linalg.eigh(self._kernel(self.x, self.x, shape))
             self._known[key] = (values.clamp_min(0), vectors, vectors.T @ self.y, vectors.sum(0))
         return self._known[key]
-
-
-def _rows(lengthscale: Tensor) -> Tensor:
-    """Lengthscales (node,) or (node, dim) as (node, 1 or dim)."""
-    return lengthscale.reshape(len(lengthscale), -1)

@@ -1,15 +1,15 @@
-"""Reference posteriors of Gaussian processes: hyperpriors and kernel integrated out.
+"""Reference posteriors of kernel priors: hyperpriors and alternative kernels integrated out.
 
-Inference turns one task into weighted nodes of the hyperparameters, by quadrature or NUTS, and
-every answer is a sum over nodes. `GaussianProcess.posterior` is the front door; read
-`quadrature.py` and `nuts.py` for the two ways, `nuts_posterior` for diagnostics of the second.
+Inference turns one task into weighted nodes of the hyperparameters, by quadrature, NUTS or
+sequential Monte Carlo, and every answer is a sum over nodes. `KernelPrior.posterior` is the front
+door; read `quadrature.py`, `nuts.py` and `smc.py` for the three ways, `nuts_posterior` for
+diagnostics of the second.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,19 +25,19 @@ from torch.distributions import (
 )
 
 from priors.context import as_tensor, read_context
-from priors.gp import JITTER, GaussianProcess, cholesky
-from priors.hyperpriors import NAMES, Hyperpriors, hyperpriors
+from priors.gp import GaussianProcess
+from priors.hyperpriors import Hyperpriors, hyperpriors
+from priors.kernel_prior import JITTER, KernelPrior, cholesky
 from priors.quadrature import Spectral, integrate, parities
+from priors.smc import SmcPosterior, sample_smc
 
 if TYPE_CHECKING:
     from priors.nuts import Draws, Settings
 
-QUADRATURE_LIMIT = 3  # hyperparameters; a lattice in four takes seconds
 MASS_LEFT_OUT = 1e-8  # of the posterior, in nodes too light to predict with
+FEW = 1000  # nodes, of which none is too light
+ISLANDS, PARTICLES = 8, 1600  # of sequential Monte Carlo, for each alternative
 JOINT_ENTRIES = 2**26  # in the covariance matrices of a joint posterior: its nodes are limited
-# Largest spacings in the unconstrained hyperparameters, however flat their posterior: the density
-# of a new observation varies on a scale of 1 in the logarithm of a variance, less in a lengthscale.
-SPACING = {"lengthscale": 0.2, "outputscale": 0.7, "noise": 0.7, "mean": math.inf}
 CHUNK = 2**18  # matrix entries at once: what a cache holds
 
 
@@ -79,7 +79,7 @@ class Marginal(NamedTuple):
 
 
 class Diagnostics(NamedTuple):
-    """How far to trust a posterior by NUTS; each entry is (task, kernel)."""
+    """How far to trust a posterior by NUTS; each entry is (task, alternative)."""
 
     log_evidence: Tensor
     log_evidence_error: Tensor  # standard error in nats
@@ -166,7 +166,7 @@ class _Task(NamedTuple):
 class _Dense(NamedTuple):
     """What `Spectral` offers, by one Cholesky factorisation per node: for free lengthscales."""
 
-    prior: GaussianProcess  # with one kernel
+    prior: KernelPrior
     x: Tensor
     y: Tensor
     mean_variance: float
@@ -205,22 +205,23 @@ class _Dense(NamedTuple):
         """Some nodes at a time, so that their matrices fit in memory, with the data expanded."""
         rows = max(len(part) for part in data)
         size = max(1, CHUNK // max(1, rows * rows))
-        for start in range(0, len(theta["noise"]), size):
+        for start in range(0, len(theta["mean"]), size):
             some = {name: value[start : start + size] for name, value in theta.items()}
-            yield some, *(part.expand(len(some["noise"]), *part.shape) for part in data)
+            yield some, *(part.expand(len(some["mean"]), *part.shape) for part in data)
 
 
 class _Nodes(NamedTuple):
-    """Weighted hyperparameters of one task under one kernel."""
+    """Weighted hyperparameters of one task under one alternative."""
 
     hyper: Hyperpriors
     model: Spectral | _Dense
     t: Tensor  # (node, dim) in the coordinates of `hyper`
-    log_weights: Tensor  # (node,); their exponentials sum to p(y, kernel | x)
+    log_weights: Tensor  # (node,); their exponentials sum to p(y, alternative | x)
     spacing: Tensor  # (dim,) of a lattice; 0 for draws
     lattice_index: Tensor | None = None  # (node, dim), if they are a lattice's
     draws: Draws | None = None
     log_evidence_error: float = 0.0
+    islands: int = 0  # of equally many draws by sequential Monte Carlo
 
 
 class _Prediction(NamedTuple):
@@ -233,7 +234,7 @@ class _Prediction(NamedTuple):
 
 
 def posterior(
-    prior: GaussianProcess,
+    prior: KernelPrior,
     context: tuple[Any, Any],
     x_query: Any,
     latent: bool = False,
@@ -243,14 +244,14 @@ def posterior(
     method: str | None = None,
     seed: int = 0,
 ) -> Distribution:
-    """What `GaussianProcess.posterior` returns; see there."""
+    """What `KernelPrior.posterior` returns; see there."""
     tasks, batched = _tasks(prior, context, x_query, given)
     nodes = [_infer(prior, task, method, (seed, i)) for i, task in enumerate(tasks)]
     return _distribution(tasks, nodes, latent, joint, batched)
 
 
 def nuts_posterior(
-    prior: GaussianProcess,
+    prior: KernelPrior,
     context: tuple[Any, Any],
     x_query: Any,
     latent: bool = False,
@@ -259,7 +260,7 @@ def nuts_posterior(
     seed: int = 0,
     settings: Settings | None = None,
 ) -> tuple[Distribution, Diagnostics]:
-    """The posterior predictive by NUTS, with its diagnostics; see `GaussianProcess.posterior`."""
+    """The posterior predictive by NUTS, with its diagnostics; see `KernelPrior.posterior`."""
     tasks, batched = _tasks(prior, context, x_query, given)
     nodes = [_infer(prior, task, "nuts", (seed, i), settings) for i, task in enumerate(tasks)]
 
@@ -279,14 +280,14 @@ def nuts_posterior(
 
 
 def log_evidence(
-    prior: GaussianProcess,
+    prior: KernelPrior,
     context: tuple[Any, Any],
     *,
     given: Mapping[str, Any] | None = None,
     method: str | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """What `GaussianProcess.log_evidence` returns; see there."""
+    """What `KernelPrior.log_evidence` returns; see there."""
     tasks, batched = _tasks(prior, context, None, given)
     totals = []
     for i, task in enumerate(tasks):
@@ -296,14 +297,14 @@ def log_evidence(
 
 
 def latent_posterior(
-    prior: GaussianProcess,
+    prior: KernelPrior,
     context: tuple[Any, Any],
     *,
     given: Mapping[str, Any] | None = None,
     method: str | None = None,
     seed: int = 0,
 ) -> dict[str, Marginal]:
-    """What `GaussianProcess.latent_posterior` returns; see there."""
+    """What `KernelPrior.latent_posterior` returns; see there."""
     tasks, batched = _tasks(prior, context, None, given)
     if batched:
         raise ValueError("Expected one task, x of shape (n, d) or (n,); got a batch of tasks.")
@@ -319,7 +320,7 @@ def latent_posterior(
         at, *edges = columns
         marginals[name] = Marginal(at, weights, *edges)
     if hyper.mean_variance:  # normal at every node: as many equally likely values, of its variance
-        moments = [part.model.mean(hyper.values(part.t)) for part in nodes]
+        moments = [part.model.mean(part.hyper.values(part.t)) for part in nodes]
         mean, variance = (torch.cat(column).unsqueeze(-1) for column in zip(*moments, strict=True))
         normal = torch.special.ndtri((torch.arange(64, dtype=torch.float64) + 0.5) / 64)
         at = (mean + variance.sqrt() * normal / normal.square().mean().sqrt()).flatten()
@@ -327,47 +328,65 @@ def latent_posterior(
     if len(nodes) > 1:
         sizes = torch.tensor([len(part.log_weights) for part in nodes])
         index = torch.arange(len(nodes), dtype=torch.float64).repeat_interleave(sizes)
-        marginals["kernel"] = Marginal(index, weights, index, index)
+        marginals[prior.choice] = Marginal(index, weights, index, index)
     return marginals
 
 
 @torch.no_grad()
 def _infer(
-    prior: GaussianProcess,
+    prior: KernelPrior,
     task: _Task,
     method: str | None,
     seeds: tuple[int, int],
     settings: Settings | None = None,
     step: float = 0.65,
 ) -> list[_Nodes]:
-    """Weighted nodes of one task, for each kernel that it may have."""
-    if method not in (None, "quadrature", "nuts"):
-        raise ValueError(f'Expected method "quadrature", "nuts" or None; got {method!r}.')
-    kernels = prior.kernels
-    if "kernel" in task.given:
-        kernels = (kernels[int(task.given["kernel"])],)
-    hyper = hyperpriors(prior, task.x.shape[-1], task.given)
-    if method is None:
-        method = "quadrature" if hyper.dim <= QUADRATURE_LIMIT else "nuts"
+    """Weighted nodes of one task, for each alternative that it may have."""
+    if method not in (None, "quadrature", "nuts", "smc"):
+        raise ValueError(f'Expected method "quadrature", "nuts", "smc" or None; got {method!r}.')
+    if method == "nuts" and not isinstance(prior, GaussianProcess):
+        raise ValueError(f"Expected a GaussianProcess for NUTS; got a {type(prior).__name__}.")
+    indices: list[Any] = [None]
+    if len(prior.alternatives) > 1:
+        known = task.given.get(prior.choice)
+        indices = list(range(len(prior.alternatives))) if known is None else [int(known)]
     nodes = []
-    for index, kernel in enumerate(kernels):
-        if method == "quadrature" or hyper.dim == 0:
-            part = _by_quadrature(kernel, task, hyper, step)
+    for index in indices:
+        given = task.given
+        if index is not None:
+            given = given | {prior.choice: torch.tensor(index)}
+        hyper = hyperpriors(prior, task.x.shape[-1], given)
+        if method == "quadrature" or hyper.dim <= (0 if method else prior.quadrature_limit):
+            part = _by_quadrature(prior, task, hyper, step)
         else:
-            model = _Dense(replace(prior, kernel=kernel), task.x, task.y, hyper.mean_variance)
-            part = _by_nuts(model, hyper, (*seeds, index), settings)
-        nodes.append(part._replace(log_weights=part.log_weights - math.log(len(kernels))))
+            model = _Dense(prior, task.x, task.y, hyper.mean_variance)
+            draws = _by_nuts if (method or _draws_of(prior)) == "nuts" else _by_smc
+            part = draws(model, hyper, (*seeds, index or 0), settings)
+        nodes.append(part._replace(log_weights=part.log_weights - math.log(len(indices))))
     return nodes
 
 
-def _by_quadrature(kernel: str, task: _Task, hyper: Hyperpriors, step: float) -> _Nodes:
-    model = Spectral(kernel, task.x, task.y, hyper.mean_variance)
+def _draws_of(prior: KernelPrior) -> str:
+    """The method for more hyperparameters than quadrature takes."""
+    return "nuts" if isinstance(prior, GaussianProcess) else "smc"
+
+
+def _by_quadrature(prior: KernelPrior, task: _Task, hyper: Hyperpriors, step: float) -> _Nodes:
+    model = Spectral(prior, task.x, task.y, hyper.mean_variance)
 
     def log_density(t: Tensor) -> Tensor:
         return hyper.log_density(t) + model.log_likelihood(hyper.values(t))
 
-    limits = [SPACING[c.name] / c.scale.expand(c.shape).reshape(-1) for c in hyper.coordinates]
-    nodes = integrate(log_density, hyper.dim, limits=torch.cat([torch.ones(0), *limits]), step=step)
+    limits = [c.spacing / c.scale.expand(c.shape).reshape(-1) for c in hyper.coordinates]
+    # A line of nodes costs nothing: to the last digits, and far into the tails.
+    step, threshold = (0.25, 60.0) if hyper.dim == 1 else (step, 18.0)
+    nodes = integrate(
+        log_density,
+        hyper.dim,
+        limits=torch.cat([torch.ones(0), *limits]),
+        step=step,
+        threshold=threshold,
+    )
     return _Nodes(hyper, model, nodes.points, nodes.log_weights, nodes.spacing, nodes.lattice_index)
 
 
@@ -385,12 +404,29 @@ def _by_nuts(
         return hyper.log_density(t) + model.log_likelihood(hyper.values(t))
 
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-    kernel, settings = model.prior.kernels[0], settings or nuts.DEFAULT
+    settings = settings or nuts.DEFAULT
+    kernel = model.prior.alternatives[int(hyper.known.get(model.prior.choice, 0))]
     draws = nuts.sample_nuts(kernel, model.x, model.y, hyper, seed=seed, settings=settings)
     evidence = nuts.bridge_log_evidence(log_density, draws.t, seed=seed)
     t = draws.t.flatten(0, 1)
     log_weights = t.new_full((len(t),), evidence.value - math.log(len(t)))
     return _Nodes(hyper, model, t, log_weights, torch.zeros(()), None, draws, evidence.error)
+
+
+def _by_smc(
+    model: _Dense, hyper: Hyperpriors, seeds: tuple[int, ...], settings: Settings | None
+) -> _Nodes:
+    def log_likelihood(t: Tensor) -> Tensor:
+        return model.log_likelihood(hyper.values(t))
+
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(seed)
+    start = hyper.draw(PARTICLES, generator=generator)
+    draws = sample_smc(
+        start, hyper.log_density, log_likelihood, generator=generator, islands=ISLANDS
+    )
+    log_weights = draws.log_weights + draws.log_evidence
+    return _Nodes(hyper, model, draws.t, log_weights, torch.zeros(()), islands=ISLANDS)
 
 
 def _distribution(
@@ -417,30 +453,36 @@ def _distribution(
         return Normal(mean.squeeze(-2), spread.squeeze(-2))
     mean, spread = mean.mT, spread.mT  # (..., query, node)
     mixture = Categorical(logits=log_weights.unsqueeze(-2).expand(mean.shape))
+    if islands := nodes[0][0].islands:  # each with its draws of all alternatives
+        order = torch.arange(size).reshape(len(nodes[0]), islands, -1).transpose(0, 1).flatten()
+        normals = Normal(mean[..., order], spread[..., order])
+        return SmcPosterior(mixture.logits[..., order], normals, islands)
     if nodes[0][0].draws is None:
         return QuadraturePosterior(mixture, Normal(mean, spread), parity)
     return NutsPosterior(mixture, Normal(mean, spread), len(nodes[0][0].draws.t), errors.double())
 
 
 def _predict(task: _Task, nodes: list[_Nodes], latent: bool, joint: bool) -> _Prediction:
-    """What the nodes of all kernels predict for one task."""
+    """What the nodes of all alternatives predict for one task."""
     total = torch.cat([part.log_weights for part in nodes]).logsumexp(0)
     parts = []
     for kernel, part in enumerate(nodes):
         log_weights = part.log_weights - total
         keep = torch.arange(len(log_weights))
         limit = max(1, int(JOINT_ENTRIES / len(nodes) / max(1, len(task.x_query)) ** 2))
-        if part.draws is None:
+        if part.lattice_index is not None:
             order = log_weights.argsort()
-            keep = order[log_weights[order].exp().cumsum(0) > MASS_LEFT_OUT]
+            left_out = MASS_LEFT_OUT if len(order) > FEW else 0.0
+            keep = order[log_weights[order].exp().cumsum(0) > left_out]
             keep = keep[-limit:] if joint else keep
         elif joint:
             keep = keep[:: math.ceil(len(keep) / limit)]
         theta = part.hyper.values(part.t[keep])
         mean, spread = part.model.predict(theta, task.x_query, joint=joint)
-        noise = torch.zeros_like(theta["noise"]) if latent else theta["noise"]
+        signal, noise = part.model.prior.variances(theta)
+        noise = torch.zeros_like(noise) if latent else noise
         if joint:
-            spread = cholesky(spread, noise + JITTER * theta["outputscale"])
+            spread = cholesky(spread, noise + JITTER * signal)
         else:
             spread = (spread + noise.unsqueeze(-1)).sqrt()
         halves = (
@@ -466,40 +508,41 @@ def _pad(part: Tensor, size: int, fill: float | Tensor) -> Tensor:
 
 
 def _tasks(
-    prior: GaussianProcess,
+    prior: KernelPrior,
     context: tuple[Any, Any],
     x_query: Any | None,
     given: Mapping[str, Any] | None,
 ) -> tuple[list[_Task], bool]:
     """Checked tasks in float64 on the CPU, and whether they came as a batch."""
     x, y, query, batched = read_context(context, x_query)
-    latents = _given(prior, given or {}, len(x), x.shape[-1])
+    latents = read_given(prior, given or {}, len(x), x.shape[-1])
     rows = ({name: value[i] for name, value in latents.items()} for i in range(len(x)))
     return [_Task(*row) for row in zip(x, y, query, rows, strict=True)], batched
 
 
-def _given(
-    prior: GaussianProcess, given: Mapping[str, Any], batch: int, d: int
+def read_given(
+    prior: KernelPrior, given: Mapping[str, Any], batch: int, d: int
 ) -> dict[str, Tensor]:
     """Known latents by task: (b,), or (b, d) for one lengthscale per feature."""
-    names = (*NAMES, "kernel") if len(prior.kernels) > 1 else NAMES
+    shapes = {h.name: (batch, *h.shape) for h in prior.hyperparameters(d)}
+    if len(prior.alternatives) > 1:
+        shapes[prior.choice] = (batch,)
     latents = {}
     for name, value in given.items():
-        if name not in names:
-            raise ValueError(f"Expected given latents among {names}; got {name!r}.")
+        if name not in shapes:
+            raise ValueError(f"Expected given latents among {sorted(shapes)}; got {name!r}.")
         value = as_tensor(name, value)
-        shape = (batch, d) if name == "lengthscale" and prior.ard else (batch,)
         try:
-            latents[name] = value.expand(shape)
+            latents[name] = value.expand(shapes[name])
         except RuntimeError:
             raise ValueError(
-                f"Expected given {name} of a shape that broadcasts to {shape}; "
+                f"Expected given {name} of a shape that broadcasts to {shapes[name]}; "
                 f"got {tuple(value.shape)}."
             ) from None
-        if name == "kernel" and not all(
-            k in range(len(prior.kernels)) for k in latents[name].tolist()
-        ):
-            raise ValueError(f"Expected a kernel index below {len(prior.kernels)}; got {value}.")
-        if name in ("lengthscale", "outputscale", "noise") and not (value > 0).all():
+        if name == prior.choice:
+            count = len(prior.alternatives)
+            if not all(index in range(count) for index in latents[name].tolist()):
+                raise ValueError(f"Expected a {name} index below {count}; got {value}.")
+        elif name != "mean" and not (value > 0).all():
             raise ValueError(f"Expected a positive {name}; got {value.tolist()}.")
     return latents

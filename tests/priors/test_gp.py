@@ -16,7 +16,7 @@ from torch.distributions import (
 )
 
 from priors import ConditionalPrior, GaussianProcess, ReferencePrior, Tasks
-from priors.gp import JITTER, cholesky
+from priors.kernel_prior import JITTER, cholesky
 from priors.kernels import KERNELS
 
 # sqrt(log(2 / p) / 2n) bounds a Kolmogorov-Smirnov distance but for p = 1e-6 of all seeds (DKW)

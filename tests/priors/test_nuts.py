@@ -104,7 +104,7 @@ def test_it_agrees_with_quadrature_within_its_stated_error() -> None:
 def test_six_hyperparameters_agree_with_importance_sampling() -> None:
     tasks = HARD.sample(1, 9, 4, generator=generator(2))
     x, y, x_query, y_query = tasks.x[0, :6], tasks.y[0, :6], tasks.x[0, 6:], tasks.y[0, 6:]
-    theta = HARD._draw_hyperparameters(40000, 4, generator=generator(8))
+    theta = HARD.draw_hyperparameters(40000, 4, generator=generator(8))
     data = [part.expand(40000, *part.shape) for part in (x, y, x_query)]
     weight = HARD.log_likelihood(data[0], data[1], theta).exp()
     mean, variance = HARD.conditional(*data, theta)

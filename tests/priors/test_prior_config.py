@@ -28,11 +28,12 @@ from torch.distributions import (
     Weibull,
 )
 
-from priors import GaussianProcess, from_config, to_config
+from priors import BurrXII, GaussianProcess, from_config, to_config
 from priors.config import DISTRIBUTIONS
 
 EXAMPLES = [
     Beta(2.0, 3.0),
+    BurrXII(2.0, 1.5),
     Cauchy(0.0, 1.0),
     Chi2(3.0),
     Exponential(2.0),

@@ -141,7 +141,7 @@ def test_log_normal_coordinates_are_standard_normal() -> None:
 def test_the_spectral_likelihood_is_the_multivariate_normal() -> None:
     prior = GaussianProcess(kernel="matern32", mean=Normal(0.5, 1.2))
     tasks = prior.sample(6, 9, 2, generator=generator())
-    spectral = Spectral("matern32", tasks.x[0], tasks.y[0], 1.44)
+    spectral = Spectral(prior, tasks.x[0], tasks.y[0], 1.44)
     theta = tasks.latents
     x, y = tasks.x[:1].expand(6, -1, -1), tasks.y[:1].expand(6, -1)
     dense = prior.log_likelihood(x, y, theta, mean_variance=1.44)
@@ -158,7 +158,7 @@ def importance_sample(
     prior: GaussianProcess, x: Tensor, y: Tensor, x_query: Tensor, y_query: Tensor, draws: int
 ) -> tuple[Tensor, Tensor]:
     """Densities of y and of each (y, y_query_j) with draws from the prior: (1 + m,), and errors."""
-    theta = prior._draw_hyperparameters(draws, x.shape[-1], generator=generator(9))
+    theta = prior.draw_hyperparameters(draws, x.shape[-1], generator=generator(9))
     x, y, x_query = (part.expand(draws, *part.shape) for part in (x, y, x_query))
     likelihood = prior.log_likelihood(x, y, theta)
     mean, variance = prior.conditional(x, y, x_query, theta)
@@ -196,7 +196,7 @@ def test_a_tensor_product_grid_agrees_to_five_digits() -> None:
     x, y = tasks.x[0], tasks.y[0]
     axis = torch.linspace(-7, 7, 141, dtype=torch.float64)
     hyper = hyperpriors(prior, 1, {})
-    spectral = Spectral("rbf", x, y)
+    spectral = Spectral(GaussianProcess(), x, y)
     grid = torch.cartesian_prod(axis, axis)
     log_density = hyper.log_density(grid) + spectral.log_likelihood(hyper.values(grid))
     expected = float(log_density.logsumexp(0)) + 2 * math.log(0.1)

@@ -1,0 +1,366 @@
+"""Priors that are Gaussian processes once their hyperparameters are known.
+
+`KernelPrior` turns a covariance and a list of hyperparameters into everything a prior offers:
+tasks, conditionals, posterior, evidence. A batch of tasks, each with hyperparameters of its own, is
+one batched Cholesky factorisation in float64 on the generator's device. Read `gp.py` next for the
+simplest one; the hyperparameters are integrated out in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from priors.draws import draw, draw_normal
+from priors.inputs import DESIGNS, draw_inputs
+from priors.tasks import ConditionalTasks, Tasks
+
+if TYPE_CHECKING:
+    from priors.reference import Marginal
+
+JITTER = 1e-10  # relative to the outputscale; raised tenfold only for tasks that fail to factorise
+CACHED = 2**16  # matrix entries, 512 KiB
+
+
+class Hyperparameter(NamedTuple):
+    """One hyperparameter, or one for each feature: a number or a distribution, times a factor."""
+
+    name: str
+    value: float | Distribution
+    unit: str = ""  # how it scales with the data: as "x", "y" or "y^2", or not at all
+    shape: tuple[int, ...] = ()  # or (dim,)
+    factor: float = 1.0
+    # The largest spacing between the nodes that integrate it out, in its unconstrained coordinate
+    # and however flat the posterior: over it, the density of a new observation hardly changes.
+    spacing: float = 0.7
+
+
+class KernelPrior(abc.ABC):
+    """f ~ GP(mean, signal * unit kernel) and y = f + noise, given hyperparameters drawn per task.
+
+    A subclass says what its hyperparameters are, "noise" (a variance) and "mean" among them, and
+    what the unit kernel is. `theta` is a dictionary of them by name, (task,) or (task, dim), and of
+    the index of the alternative, by the name in `choice`, where there are several.
+    """
+
+    inputs: str | tuple[str, ...]
+    shaping: ClassVar[tuple[str, ...]]  # the hyperparameters that the unit kernel depends on
+    choice: ClassVar[str] = "kernel"
+    quadrature_limit: ClassVar[int] = 4  # hyperparameters; a lattice in four takes seconds
+
+    @abc.abstractmethod
+    def hyperparameters(self, d: int) -> tuple[Hyperparameter, ...]:
+        """All hyperparameters of tasks with `d` features, those in `shaping` first."""
+
+    @abc.abstractmethod
+    def unit_covariance(self, x: Tensor, z: Tensor, theta: Mapping[str, Tensor]) -> Tensor:
+        """The unit kernel (task, n, m) between x (task, n, d) and z (task, m, d)."""
+
+    @abc.abstractmethod
+    def unit_variance(self, x: Tensor, theta: Mapping[str, Tensor]) -> Tensor:
+        """The unit kernel (task, n) of each x (task, n, d) with itself."""
+
+    @property
+    @abc.abstractmethod
+    def alternatives(self) -> tuple[str, ...]:
+        """Names of the kernels of which each task has one, drawn uniformly."""
+
+    def variances(self, theta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What multiplies the unit kernel, and the variance of the noise, (task,) each."""
+        return theta["outputscale"], theta["noise"]
+
+    @property
+    def designs(self) -> tuple[str, ...]:
+        return (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
+
+    @property
+    def latent_units(self) -> dict[str, str]:
+        """How each latent scales with the data: as "x", "y" or "y^2", or not at all ("")."""
+        return {h.name: h.unit for h in self.hyperparameters(1)} | {self.choice: ""}
+
+    @property
+    def latent_categories(self) -> dict[str, list[str]]:
+        """The names behind latents that are indices."""
+        return {self.choice: list(self.alternatives)}
+
+    def posterior_is_quick(self, d: int) -> bool:
+        """Whether `posterior` of a task with d features is quadrature, at most a few seconds."""
+        from priors.hyperpriors import hyperpriors  # on demand: both are built on this module
+
+        return hyperpriors(self, d, {}).dim <= self.quadrature_limit
+
+    def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
+        """`batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
+        theta = self.draw_hyperparameters(batch, d, generator=generator)
+        signal, noise = (value.unsqueeze(-1) for value in self.variances(theta))
+        x = draw_inputs(self.designs, batch, n, d, generator=generator)
+        z = draw_normal(batch, n, 1, generator=generator)
+        drawn = []
+        for some, inputs, normal in _pieces(theta, x, z):
+            jitter = inputs.new_full((len(inputs),), JITTER)
+            factor = cholesky(self.unit_covariance(inputs, inputs, some), jitter)
+            drawn.append(normal.mT @ factor.mT)  # as rows: LAPACK's factors are column-major
+        f = theta["mean"].unsqueeze(-1) + signal.sqrt() * torch.cat(drawn).squeeze(1)
+        y = f + noise.sqrt() * draw_normal(batch, n, generator=generator)
+        return Tasks(x, y, f, self._report(theta, d))
+
+    def sample_conditional(
+        self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
+    ) -> ConditionalTasks:
+        """Draws tasks whose queries know their distribution given the latents and y_1 .. y_visible.
+
+        With L the Cholesky factor of K + noise I, y = mean + L z, and A = L^-1 K_*, the conditional
+        of f_j given the first p observations is Normal(mean + A_:p,j z_:p, K_jj - |A_:p,j|^2): all
+        prefixes fall out of the factorisation that draws the tasks.
+
+        Args:
+            visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
+        """
+        m = len(visible)
+        theta = self.draw_hyperparameters(batch, d, generator=generator)
+        signal, noise = self.variances(theta)
+        x_all = draw_inputs(self.designs, batch, n + m, d, generator=generator)
+        x, x_query = x_all[:, :n], x_all[:, n:]
+        z = draw_normal(batch, n, 1, generator=generator)
+        factor = cholesky(self.covariance(x, x, theta), noise + JITTER * signal)
+        weights = torch.linalg.solve_triangular(
+            factor, self.covariance(x, x_query, theta), upper=False
+        )  # (task, point, query)
+        seen = torch.arange(n, device=x.device).unsqueeze(-1) < visible.to(x.device)
+        weights = weights * seen
+        constant = theta["mean"].unsqueeze(-1)
+        mean = constant + (weights * z).sum(1)
+        variance = self.variance(x_query, theta) - weights.square().sum(1)
+        return ConditionalTasks(
+            x=x,
+            y=constant + (factor @ z).squeeze(-1),
+            x_query=x_query,
+            mean=mean,
+            variance=variance.clamp_min(JITTER * signal.unsqueeze(-1)),
+            noise=noise,
+            latents=self._report(theta, d),
+        )
+
+    def posterior(
+        self,
+        context: tuple[Any, Any],
+        x_query: Any,
+        latent: bool = False,
+        *,
+        joint: bool = False,
+        given: Mapping[str, Any] | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> Distribution:
+        """The posterior predictive at `x_query`, all hyperparameters integrated out.
+
+        Up to `quadrature_limit` hyperparameters take deterministic quadrature, with an error below
+        1e-4 nats in the log density. More take draws: NUTS for a `GaussianProcess`, which needs the
+        extra `reference`, sequential Monte Carlo for others. A normal prior of the mean does not
+        count, because it is integrated out in closed form.
+
+        Args:
+            context: x (n, d) or (b, n, d), or (n,) where d = 1, and y (n,) or (b, n).
+            x_query: (m, d), (b, m, d) or (m,).
+            latent: the noise-free function instead of a new observation.
+            joint: one joint distribution over all queries instead of one for each.
+            given: latents that are known, by their names in `Tasks.latents`; noise is a variance.
+            method: "quadrature", "nuts" or "smc" instead of the choice above.
+            seed: of the draws.
+
+        Returns:
+            A float64 mixture of normals, batch_shape (m,) or (b, m); with `joint`, event_shape (m,)
+            and batch_shape () or (b,). A single normal where all hyperparameters are known.
+
+        Raises:
+            ValueError: arguments of other shapes, not finite, or of unknown latents.
+
+        Example:
+            >>> from priors import GaussianProcess
+            >>> posterior = GaussianProcess().posterior(([0.1, 0.6], [0.3, -1.0]), [0.2, 0.4, 0.9])
+            >>> posterior.mean.shape
+            torch.Size([3])
+        """
+        from priors import reference  # on demand: it is built on this module
+
+        return reference.posterior(
+            self, context, x_query, latent, joint=joint, given=given, method=method, seed=seed
+        )
+
+    def log_evidence(
+        self,
+        context: tuple[Any, Any],
+        *,
+        given: Mapping[str, Any] | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """log p(y | x) in nats, () or (b,), all that is not `given` integrated out.
+
+        Args: see `posterior`. From draws of NUTS it is estimated by bridge sampling.
+        """
+        from priors import reference
+
+        return reference.log_evidence(self, context, given=given, method=method, seed=seed)
+
+    def latent_posterior(
+        self,
+        context: tuple[Any, Any],
+        *,
+        given: Mapping[str, Any] | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> dict[str, Marginal]:
+        """The posterior marginal of each latent of one task: `.mean`, `.variance`, `.quantile`.
+
+        Args: see `posterior`; the context is one task.
+        """
+        from priors import reference
+
+        return reference.latent_posterior(self, context, given=given, method=method, seed=seed)
+
+    def conditional(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_query: Tensor,
+        theta: Mapping[str, Tensor],
+        *,
+        joint: bool = False,
+        mean_variance: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Posterior mean (task, m) and variance (task, m), or covariance, of f given the latents.
+
+        Args:
+            x: (task, n, d).
+            y: (task, n).
+            x_query: (task, m, d).
+            theta: all hyperparameters, also those that are plain numbers in the prior.
+            joint: the covariance (task, m, m) instead of the variance.
+            mean_variance: of a normal prior of the mean around theta["mean"], integrated out.
+
+        Reference: Rasmussen and Williams, equations 2.25 and 2.26.
+        """
+        factor, z = self.whiten(x, y, theta, mean_variance)
+        cross = self.covariance(x, x_query, theta) + mean_variance  # (task, n, m)
+        weights = torch.linalg.solve_triangular(factor, cross, upper=False)
+        mean = theta["mean"].unsqueeze(-1) + (weights * z.unsqueeze(-1)).sum(-2)
+        if joint:
+            prior = self.covariance(x_query, x_query, theta) + mean_variance
+            return mean, prior - weights.mT @ weights
+        variance = self.variance(x_query, theta) + mean_variance - weights.square().sum(-2)
+        return mean, variance.clamp_min(JITTER * self.variances(theta)[0].unsqueeze(-1))
+
+    def log_likelihood(
+        self, x: Tensor, y: Tensor, theta: Mapping[str, Tensor], *, mean_variance: float = 0.0
+    ) -> Tensor:
+        """log p(y | x, latents) in nats, (task,); arguments as in `conditional`."""
+        factor, z = self.whiten(x, y, theta, mean_variance)
+        log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * (z.square().sum(-1) + log_determinant + y.shape[-1] * math.log(2 * math.pi))
+
+    def whiten(
+        self, x: Tensor, y: Tensor, theta: Mapping[str, Tensor], mean_variance: float
+    ) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor L (task, n, n) of y's covariance, and L^-1 (y - mean) (task, n)."""
+        signal, noise = self.variances(theta)
+        covariance = self.covariance(x, x, theta) + mean_variance
+        factor = cholesky(covariance, noise + JITTER * signal)
+        centred = (y - theta["mean"].unsqueeze(-1)).unsqueeze(-1)
+        return factor, torch.linalg.solve_triangular(factor, centred, upper=False).squeeze(-1)
+
+    def variance(self, x: Tensor, theta: Mapping[str, Tensor]) -> Tensor:
+        """Prior variance (task, n) of f at x (task, n, d): the diagonal of `covariance`."""
+        return self.variances(theta)[0].unsqueeze(-1) * self.unit_variance(x, theta)
+
+    def covariance(self, x: Tensor, z: Tensor, theta: Mapping[str, Tensor]) -> Tensor:
+        """Covariance (task, n, m) of f between x (task, n, d) and z (task, m, d) given latents."""
+        signal = self.variances(theta)[0].unsqueeze(-1).unsqueeze(-1)
+        return signal * self.unit_covariance(x, z, theta)
+
+    def draw_hyperparameters(
+        self, batch: int, d: int, *, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Hyperparameters of `batch` tasks in float64: (batch,), or (batch, d) one per feature."""
+        theta = {
+            h.name: h.factor * draw(h.value, (batch, *h.shape), generator=generator)
+            for h in self.hyperparameters(d)
+        }
+        if len(self.alternatives) > 1:
+            theta[self.choice] = torch.randint(
+                len(self.alternatives), (batch,), device=generator.device, generator=generator
+            )
+        return theta
+
+    def _report(self, theta: dict[str, Tensor], d: int) -> dict[str, Tensor]:
+        """The latents that vary between tasks."""
+        fixed = {h.name for h in self.hyperparameters(d) if not isinstance(h.value, Distribution)}
+        return {name: value for name, value in theta.items() if name not in fixed}
+
+    def _by_alternative(
+        self, function: Callable[..., Tensor], theta: Mapping[str, Tensor], *inputs: Tensor
+    ) -> Tensor:
+        """`function`(alternative, theta, *inputs), called once for all tasks of an alternative."""
+        if len(self.alternatives) == 1:
+            return function(self.alternatives[0], theta, *inputs)
+        rows, values = [], []
+        for index, name in enumerate(self.alternatives):
+            chosen = (theta[self.choice] == index).nonzero().squeeze(-1)
+            if len(chosen):
+                some = {key: theta[key][chosen] for key in self.shaping}
+                rows.append(chosen)
+                values.append(function(name, some, *(part[chosen] for part in inputs)))
+        return torch.cat(values)[torch.cat(rows).argsort()]
+
+
+def check_hyperparameters(prior: KernelPrior, positive: tuple[str, ...]) -> None:
+    """Raises a ValueError for a number that should be positive, or an unknown design of inputs."""
+    unknown = [name for name in prior.designs if name not in DESIGNS]
+    if unknown or not prior.designs:
+        raise ValueError(f"Expected inputs among {sorted(DESIGNS)}; got {prior.designs}.")
+    for label in positive:
+        value = getattr(prior, label)
+        if not isinstance(value, Distribution) and not value > 0:
+            raise ValueError(f"Expected a positive {label}; got {value}.")
+
+
+def cholesky(covariance: Tensor, diagonal: Tensor) -> Tensor:
+    """Lower factors of covariance + diagonal I; the diagonal grows only for matrices that fail.
+
+    Args:
+        covariance: (task, n, n).
+        diagonal: (task,), added to the diagonal; tenfold at each retry where a task failed.
+    """
+    factor, failed = torch.linalg.cholesky_ex(_on_diagonal(covariance, diagonal))
+    for _ in range(8):
+        if not failed.any():
+            return factor
+        bad = failed > 0
+        diagonal = torch.where(bad, 10 * diagonal, diagonal)
+        grown = _on_diagonal(covariance[bad], diagonal[bad])
+        factor[bad], failed[bad] = torch.linalg.cholesky_ex(grown)
+    raise RuntimeError(
+        "The covariance is not positive definite, even with a diagonal 1e8 x larger."
+    )
+
+
+def _on_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
+    """Matrices (task, n, n) with a value (task,) added to each diagonal."""
+    matrix = matrix.clone()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(value.unsqueeze(-1))
+    return matrix
+
+
+def _pieces(theta: Mapping[str, Tensor], x: Tensor, z: Tensor) -> Iterator[tuple[Any, ...]]:
+    """All tasks at once, but on a CPU as many as its cache holds the matrices of: 3 x faster."""
+    batch, n = x.shape[:2]
+    size = max(1, batch if x.device.type != "cpu" else CACHED // max(1, n * n))
+    for start in range(0, max(1, batch), size):
+        some = slice(start, start + size)
+        yield {name: value[some] for name, value in theta.items()}, x[some], z[some]
