@@ -9,10 +9,9 @@ that make functions differentiable in the variances; `bnn_reference.py` has the 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,11 @@ from torch.distributions import Distribution, LogNormal
 
 from priors.draws import draw, draw_normal
 from priors.flows import WeightFlow
-from priors.inputs import DESIGNS, draw_inputs
+from priors.inputs import DESIGNS, draw_inputs, standardise_inputs
 from priors.tasks import ConditionalTasks, Tasks
+
+if TYPE_CHECKING:
+    from priors.reference import Marginal
 
 FLOOR = 1e-10  # of the variance of a function that is known, relative to its prior's
 CACHED = 2**17  # activations of a hidden layer at once, 512 KiB
@@ -225,6 +227,17 @@ class BNN:
             self, context, x_query, latent, joint=joint, given=given, seed=seed
         )
 
+    def latent_posterior(
+        self, context: tuple[Any, Any], *, given: Mapping[str, Any] | None = None, seed: int = 0
+    ) -> dict[str, Marginal]:
+        """The posterior marginal of each latent of one task: `.mean`, `.variance`, `.quantile`.
+
+        Args: see `posterior`; the context is one task.
+        """
+        from priors import bnn_reference
+
+        return bnn_reference.latent_posterior(self, context, given=given, seed=seed)
+
     def draw_parameters(self, batch: int, d: int, *, generator: torch.Generator) -> Parameters:
         """`batch` networks of `d` inputs, in float64 on the generator's device.
 
@@ -260,8 +273,9 @@ class BNN:
         return self._hidden(parameters, standardise_inputs(x))
 
     def readout_basis(self, parameters: Parameters, x: Tensor) -> Tensor:
-        """Psi (task, n, 1 + width) such that f = Psi w with w standard normal: f's covariance given
-        all but the readout is Psi Psi'. The readout's own weights need not be in `parameters`.
+        """Psi (task, n, 1 + width), with f = Psi w for a standard normal readout w.
+
+        Given all else, the covariance of f is Psi Psi'. `parameters` need not hold the readout.
         """
         hidden = self.features(parameters, x)
         bias_scale = parameters.bias_variance[:, -1:, None].sqrt().expand(*hidden.shape[:2], 1)
@@ -304,11 +318,6 @@ class BNN:
 
     def _readout(self, parameters: Parameters, hidden: Tensor) -> Tensor:
         return _layer(parameters, self.depth, hidden).squeeze(-1)
-
-
-def standardise_inputs(x: Tensor) -> Tensor:
-    """Inputs with mean 0 and variance 1 where x is uniform on the box."""
-    return math.sqrt(12) * (x - 0.5)
 
 
 def _layer(parameters: Parameters, layer: int, hidden: Tensor) -> Tensor:

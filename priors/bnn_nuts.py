@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from numpyro.infer.hmc import hmc
 from torch import Tensor
 
 from priors import nuts  # imported before JAX starts: it says how many threads to use
+from priors.flows import STEEPEST
 from priors.hyperpriors import Hyperpriors
 
 ROWS = 8
@@ -34,6 +35,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 Shapes = tuple[tuple[int, int], ...]
+Flow = Sequence[tuple[Any, Any]]  # matrices of each coupling, as in `priors.flows.WeightFlow`
 
 
 class Network(NamedTuple):
@@ -52,7 +54,9 @@ class Network(NamedTuple):
 class Draws(NamedTuple):
     """Posterior draws of hidden weights and variances."""
 
-    weights: list[Tensor]  # of each hidden layer, (chain, draw, 1 + fan_in, fan_out)
+    weights: list[
+        Tensor
+    ]  # standard normal, of each hidden layer (chain, draw, 1 + fan_in, fan_out)
     t: Tensor  # (chain, draw, dim) in the coordinates of the hyperpriors
     divergent: Tensor  # (chain, draw), true where the integrator failed
     leapfrogs: Tensor  # (chain, draw), gradients spent
@@ -61,6 +65,7 @@ class Draws(NamedTuple):
 def sample_nuts(
     activation: str,
     shapes: Shapes,
+    flow: Sequence[Flow],
     inputs: Tensor,
     y: Tensor,
     hyper: Hyperpriors,
@@ -71,13 +76,14 @@ def sample_nuts(
     """Draws from p(hidden weights, variances | inputs, y).
 
     Args:
+        flow: `WeightFlow.couplings` of each hidden layer, or none.
         inputs: (point, dim), standardised.
         y: (point,).
     """
     network = Network(activation, shapes, nuts._specification(hyper))
     with jax.enable_x64(True):
         run = _sampler(network, settings)
-        out = run(task_data(inputs, y, hyper), jax.random.key(seed))
+        out = run(task_data(flow, inputs, y, hyper), jax.random.key(seed))
         position, divergent, leapfrogs = (torch.from_numpy(np.array(part)) for part in out)
     *parts, t = position.split([*network.sizes, hyper.dim], -1)
     weights = [
@@ -87,10 +93,13 @@ def sample_nuts(
     return Draws(weights, t, divergent, leapfrogs)
 
 
-def task_data(inputs: Tensor, y: Tensor, hyper: Hyperpriors) -> dict[str, Any]:
+def task_data(
+    flow: Sequence[Flow], inputs: Tensor, y: Tensor, hyper: Hyperpriors
+) -> dict[str, Any]:
     """One task as an argument of `potential_energy`."""
     padding = -len(y) % ROWS
     return {
+        "flow": [[tuple(map(np.array, pair)) for pair in couplings] for couplings in flow],
         "inputs": np.pad(inputs.numpy(), ((0, padding), (0, 0))),
         "y": np.pad(y.numpy(), (0, padding)),
         "real": np.arange(len(y) + padding) < len(y),
@@ -119,6 +128,8 @@ def potential_energy(network: Network) -> Callable[[dict[str, Any], jax.Array], 
         hidden = data["inputs"]
         for layer, (part, shape) in enumerate(zip(parts, network.shapes[:-1], strict=True), 1):
             weights = part.reshape(1 + shape[0], shape[1])
+            for couplings in data["flow"][layer - 1 : layer]:
+                weights = _push(couplings, weights)
             weight_scale = jnp.sqrt(theta[f"weight_variance_{layer}"] / shape[0])
             bias_scale = jnp.sqrt(theta[f"bias_variance_{layer}"])
             hidden = activation(bias_scale * weights[0] + weight_scale * (hidden @ weights[1:]))
@@ -136,6 +147,17 @@ def potential_energy(network: Network) -> Callable[[dict[str, Any], jax.Array], 
         return -log_prior - log_likelihood
 
     return potential
+
+
+def _push(couplings: Flow, z: jax.Array) -> jax.Array:
+    """What `priors.flows.push` does, to the columns of z (dim, unit)."""
+    for index, (inner, outer) in enumerate(couplings):
+        kept, moved = slice(index % 2, None, 2), slice(1 - index % 2, None, 2)
+        hidden = jnp.tanh(inner[:1].T + inner[1:].T @ z[kept])
+        scale, shift = jnp.split(outer[:1].T + outer[1:].T @ hidden, 2)
+        scale = jnp.exp(STEEPEST * jnp.tanh(scale / STEEPEST))
+        z = z.at[moved].set(z[moved] * scale + shift)
+    return z
 
 
 def _linear_evidence(

@@ -25,11 +25,12 @@ from torch.distributions import (
     Normal,
 )
 
-from priors.bnn import BNN, Parameters, standardise_inputs
+from priors.bnn import BNN, Parameters
 from priors.context import Context, as_tensor, read_context
 from priors.hyperpriors import Coordinate, Hyperpriors, _standardise
+from priors.inputs import standardise_inputs
 from priors.kernel_prior import JITTER, cholesky
-from priors.reference import NutsPosterior
+from priors.reference import Marginal, NutsPosterior
 
 if TYPE_CHECKING:
     from priors.nuts import Settings
@@ -89,6 +90,25 @@ def posterior(
             part = _thinned(part, max(1, JOINT_ENTRIES // max(1, query.shape[1]) ** 2))
         predictions.append(_predict(prior, part.parameters, x[i], y[i], query[i], joint))
     return _distribution(predictions, nodes[0].chains, latent, joint, batched)
+
+
+def latent_posterior(
+    prior: BNN,
+    context: tuple[Any, Any],
+    *,
+    given: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Marginal]:
+    """What `BNN.latent_posterior` returns; see there."""
+    nodes, data = _infer(prior, context, None, given, seed, None)
+    if data.batched:
+        raise ValueError("Expected one task, x of shape (n, d) or (n,); got a batch of tasks.")
+    latents = prior.report(nodes[0].parameters)
+    return {
+        name: Marginal(value, torch.full_like(value, 1 / len(value)), value, value)
+        for name, value in latents.items()
+        if name not in (given or {})
+    }
 
 
 def nuts_posterior(
@@ -167,11 +187,13 @@ def _by_nuts(
     settings = settings or nuts.Settings(CHAINS, DRAWS, DRAWS)
     shapes = tuple(prior.shapes(x.shape[-1]))
     inputs = standardise_inputs(x)
+    flow = [part.couplings for part in prior.flow]
     draws = bnn_nuts.sample_nuts(
-        prior.activation, shapes, inputs, y, hyper, seed=seed, settings=settings
+        prior.activation, shapes, flow, inputs, y, hyper, seed=seed, settings=settings
     )
     theta = hyper.values(draws.t.flatten(0, 1))
-    parameters = _parameters(prior, [w.flatten(0, 1) for w in draws.weights], theta)
+    weights = tuple(w.flatten(0, 1) for w in draws.weights)
+    parameters = _parameters(prior, weights, theta)
     leapfrogs = float(draws.leapfrogs.double().mean())
     return _Nodes(parameters, settings.chains, int(draws.divergent.sum()), leapfrogs)
 
@@ -182,16 +204,16 @@ def _by_prior(prior: BNN, d: int, hyper: Hyperpriors, seed: int) -> _Nodes:
     drawn = prior.draw_parameters(CHAINS * PRIOR_DRAWS, d, generator=generator)
     theta = prior.all_latents(drawn)
     theta |= {name: value.expand(len(drawn.noise)) for name, value in hyper.known.items()}
-    return _Nodes(_parameters(prior, list(drawn.weights[:-1]), theta), CHAINS, 0, 0.0)
+    return _Nodes(_parameters(prior, drawn.weights[:-1], theta), CHAINS, 0, 0.0)
 
 
-def _parameters(prior: BNN, weights: list[Tensor], theta: Mapping[str, Tensor]) -> Parameters:
+def _parameters(prior: BNN, weights: tuple[Tensor, ...], theta: Mapping[str, Tensor]) -> Parameters:
     layers = range(1, prior.depth + 2)
     weight_variance, bias_variance = (
         torch.stack([theta[f"{name}_{layer}"] for layer in layers], -1)
         for name in ("weight_variance", "bias_variance")
     )
-    return Parameters(tuple(weights), weight_variance, bias_variance, theta["noise"])
+    return Parameters(weights, weight_variance, bias_variance, theta["noise"])
 
 
 def _thinned(nodes: _Nodes, limit: int) -> _Nodes:
