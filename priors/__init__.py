@@ -4,6 +4,7 @@ from priors.bnn import BNN as BNN
 from priors.config import from_config as from_config
 from priors.config import to_config as to_config
 from priors.gp import GaussianProcess as GaussianProcess
+from priors.hebo import hebo_plus as hebo_plus
 from priors.kernel_prior import KernelPrior as KernelPrior
 from priors.mixture import Mixture as Mixture
 from priors.nngp import NNGP as NNGP
@@ -16,3 +17,4 @@ from priors.tasks import ConditionalTasks as ConditionalTasks
 from priors.tasks import Prior as Prior
 from priors.tasks import ReferencePrior as ReferencePrior
 from priors.tasks import Tasks as Tasks
+from priors.warped import Warped as Warped

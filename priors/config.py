@@ -20,6 +20,7 @@ from priors.mixture import Mixture
 from priors.nngp import NNGP
 from priors.scale_mixture import ScaleMixture
 from priors.scales import BurrXII
+from priors.warped import Warped
 
 PRIORS: dict[str, type] = {
     "BNN": BNN,
@@ -27,6 +28,7 @@ PRIORS: dict[str, type] = {
     "Mixture": Mixture,
     "NNGP": NNGP,
     "ScaleMixture": ScaleMixture,
+    "Warped": Warped,
 }
 
 DISTRIBUTIONS: dict[str, Any] = {

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from priors.context import read_context
 from priors.distributions import MixtureOf
-from priors.gp import GaussianProcess
 from priors.tasks import ConditionalPrior, ConditionalTasks, Tasks
 
 if TYPE_CHECKING:
@@ -46,10 +45,7 @@ class Mixture:
         torch.Size([64])
     """
 
-    priors: Sequence[Any] = (
-        GaussianProcess(),
-        GaussianProcess(kernel="linear"),
-    )
+    priors: Sequence[Any]
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
@@ -170,7 +166,9 @@ class Mixture:
                 evidence.
 
         Example:
-            >>> posterior = Mixture().posterior(([0.1, 0.6], [0.3, -1.0]), [0.2, 0.4, 0.9])
+            >>> from priors import GaussianProcess
+            >>> prior = Mixture([GaussianProcess(), GaussianProcess(kernel="linear")])
+            >>> posterior = prior.posterior(([0.1, 0.6], [0.3, -1.0]), [0.2, 0.4, 0.9])
             >>> posterior.mean.shape
             torch.Size([3])
         """
