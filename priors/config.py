@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 
 from priors.bnn import BNN
 from priors.gp import GaussianProcess
+from priors.linear import Linear
 from priors.mixture import Mixture
 from priors.nngp import NNGP
 from priors.scale_mixture import ScaleMixture
@@ -25,6 +26,7 @@ from priors.warped import Warped
 PRIORS: dict[str, type] = {
     "BNN": BNN,
     "GaussianProcess": GaussianProcess,
+    "Linear": Linear,
     "Mixture": Mixture,
     "NNGP": NNGP,
     "ScaleMixture": ScaleMixture,
