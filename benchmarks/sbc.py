@@ -1,0 +1,163 @@
+"""Simulation-based calibration of the references that are sampled: `python benchmarks/sbc.py`.
+
+`pfn/simulation.py` draws tasks from each prior and asks its own posterior for one held-out
+observation each; the p-values of its three tests go to results/sbc.json, with the seconds of a
+posterior. Closed forms are tested the same way in tests/priors/test_contract.py. A killed run
+continues from `--state`, where each group of tasks is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import common  # before torch
+import pyro
+import safetensors.torch
+import torch
+import typer
+from torch import Tensor
+from torch.distributions import HalfCauchy, InverseGamma, LogNormal, Normal, Uniform
+
+from pfn.simulation import Simulated, judge, simulate
+from priors import (
+    BNN,
+    NNGP,
+    GaussianProcess,
+    LearningCurves,
+    Linear,
+    Mixture,
+    ScaleMixture,
+    Warped,
+    from_pyro,
+    hebo_plus,
+    to_config,
+)
+
+GROUP = 20  # tasks that one process simulates at a time
+
+
+def lines(x: Tensor) -> None:
+    """A Pyro program: straight lines, whose slopes share a scale, with noise."""
+    scale = pyro.sample("scale", pyro.distributions.HalfNormal(1.0))
+    noise = pyro.sample("noise", pyro.distributions.LogNormal(-3.0, 0.5))
+    slope = pyro.sample("slope", pyro.distributions.Normal(0.0, scale))
+    offset = pyro.sample("offset", pyro.distributions.Normal(0.0, 1.0))
+    with pyro.plate("points", x.shape[-2]):
+        mean = offset + slope * (x - 0.5).sum(-1)
+        pyro.sample("y", pyro.distributions.Normal(mean, noise.sqrt()))
+
+
+class Case(NamedTuple):
+    """A prior, how its posterior is computed, and the size of its tasks."""
+
+    prior: Any
+    reference: str
+    n: int
+    d: int
+
+
+SIMPLE = GaussianProcess(kernel="matern52", lengthscale=0.4, outputscale=1.0, noise=0.05)
+CASES = {
+    "GaussianProcess": Case(GaussianProcess(), "quadrature", 10, 1),
+    "GaussianProcess, ARD": Case(GaussianProcess(ard=True), "NUTS", 8, 3),
+    "NNGP": Case(NNGP(depth=(1, 3)), "quadrature", 10, 2),
+    "ScaleMixture of NNGP": Case(
+        ScaleMixture(NNGP(weight_variance=2.0), InverseGamma(2.0, 2.0)), "quadrature", 10, 2
+    ),
+    "ScaleMixture, half-Cauchy": Case(
+        ScaleMixture(SIMPLE, HalfCauchy(1.0), scaled_noise=False), "quadrature", 10, 1
+    ),
+    "Linear": Case(Linear(), "quadrature", 8, 3),
+    "BNN": Case(BNN(10, 1), "NUTS", 8, 1),
+    "BNN, hierarchical": Case(BNN(10, 2, weight_variance=InverseGamma(3.0, 3.0)), "NUTS", 8, 1),
+    "Warped": Case(Warped(SIMPLE), "quadrature", 10, 1),
+    "HEBO+": Case(hebo_plus(), "sequential Monte Carlo", 8, 2),
+    "Mixture": Case(
+        Mixture((GaussianProcess(), Linear(), NNGP(weight_variance=2.0))), "quadrature", 8, 1
+    ),
+    "lcpfn": Case(LearningCurves.lcpfn(), "sequential Monte Carlo", 12, 1),
+    "domhan": Case(LearningCurves.domhan(), "sequential Monte Carlo", 12, 1),
+    "Pyro": Case(from_pyro(lines), "NUTS", 8, 1),
+    "GaussianProcess, random mean": Case(
+        GaussianProcess(
+            lengthscale=Uniform(0.1, 1.0), mean=Normal(0.0, 2.0), noise=LogNormal(-3.0, 1.0)
+        ),
+        "quadrature",
+        8,
+        1,
+    ),
+}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="cases; all by default")] = None,
+    tasks: Annotated[int, typer.Option(help="per case")] = 500,
+    workers: int = 2,
+    state: Annotated[Path, typer.Option(help="where groups of tasks are kept")] = Path("runs/sbc"),
+) -> None:
+    """Simulates what is missing, and saves the table."""
+    state.mkdir(parents=True, exist_ok=True)
+    names = only or list(CASES)
+    jobs = [(name, i, state) for name in names for i in range(tasks // GROUP)]
+    missing = [job for job in jobs if not path(*job).is_file()]
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=8) as pool:
+        futures = {pool.submit(simulate_group, *job): job for job in missing}
+        for done, future in enumerate(as_completed(futures)):
+            future.result()
+            print(f"{done + 1} of {len(missing)}: {futures[future][0]}", flush=True)
+    common.save("sbc", [row(name, tasks, state) for name in names], group=GROUP)
+
+
+def simulate_group(name: str, index: int, state: Path) -> None:
+    """Simulates one group of tasks, a function of its index, and keeps it with its seconds."""
+    torch.set_num_threads(1)
+    case, began = CASES[name], time.perf_counter()
+    simulated = simulate(case.prior, GROUP, case.n, case.d, seed=index, group=GROUP)
+    seconds = torch.tensor((time.perf_counter() - began) / GROUP)
+    content = safetensors.torch.save({**simulated._asdict(), "seconds": seconds})
+    file = path(name, index, state)
+    file.with_suffix(".partial").write_bytes(content)
+    file.with_suffix(".partial").rename(file)
+
+
+def row(name: str, tasks: int, state: Path) -> dict[str, Any]:
+    """The verdict on one case."""
+    case = CASES[name]
+    groups = [
+        safetensors.torch.load(path(name, i, state).read_bytes()) for i in range(tasks // GROUP)
+    ]
+    parts = {key: torch.cat([g[key].reshape(-1) for g in groups]) for key in groups[0]}
+    verdict = judge(Simulated(*(parts[key] for key in Simulated._fields)))
+    return {
+        "prior": name,
+        "reference": case.reference,
+        "n": case.n,
+        "d": case.d,
+        "tasks": len(parts["pit"]),
+        "p, transform": verdict.pit,
+        "p, density rank": verdict.level,
+        "p, dependence": verdict.dependence,
+        "seconds per task": float(parts["seconds"].median()),
+    }
+
+
+def path(name: str, index: int, state: Path) -> Path:
+    """The file of one group; of another prior or size it has another name."""
+    case = CASES[name]
+    try:
+        prior = json.dumps(to_config(case.prior))
+    except ValueError:
+        prior = name  # not built in: remove its files when it changes
+    words = f"{prior}/{case.n}/{case.d}/{GROUP}/{index}"
+    return state / f"{hashlib.blake2b(words.encode(), digest_size=8).hexdigest()}.safetensors"
+
+
+if __name__ == "__main__":
+    typer.run(main)
