@@ -40,7 +40,8 @@ HYPERPARAMETERS = 1024  # draws that stand for the hyperpriors in a covariance
 CHUNK = 2**18  # matrix entries at once, 2 MiB
 POOL = 4096  # draws of the Gaussian process that minibatches come from
 HELD_OUT = 2048  # draws of either side that choose the parameters returned
-REACH = 10.0  # logarithms of variances stay within it
+REACH = 10.0  # logarithms of variances stay within it, of both signs
+SHAPES = (0.6, 100.0)  # of inverse gammas: from a mean that is infinite to nearly a number
 CHECKS = 10  # times that held-out draws may choose other parameters
 
 
@@ -76,6 +77,7 @@ def match(
     points: Any | None = None,
     d: int | None = None,
     flow: bool = False,
+    largest: float = 20.0,
     draws: int = 256,
     steps: int = 200,
     seed: int = 0,
@@ -102,6 +104,9 @@ def match(
         d: number of features, 1 unless `points` say otherwise.
         flow: also fits a normalising flow to each hidden layer. The network is then one for d
             features only.
+        largest: bound on the variances of hidden layers. Far beyond it tanh units are steps: a
+            rough target comes closer still, but networks of steps are hard to sample from a
+            posterior, by gradients most of all.
         draws: functions in each minibatch of the second stage.
         steps: of the second stage; 0 leaves it out.
         report: called with the `Progress` of both stages.
@@ -117,7 +122,7 @@ def match(
         1
     """
     x = _points(gp, points, d, seed)
-    prior = _WeightPrior(bnn, x.shape[-1], flow, seed)
+    prior = _WeightPrior(bnn, x.shape[-1], flow, largest, seed)
     target = _moments(gp, x, seed)
     _match_covariance(prior, x, target, report)
     if steps:
@@ -253,9 +258,10 @@ class _WeightPrior:
 
     A variance of layer l is v_l = exp(c_l), or v_l = exp(c_l) a_l / Gamma(a_l), an inverse gamma
     of shape a_l and rate a_l exp(c_l). Columns are weight variances of all layers, then biases'.
+    What is optimised are logits of where c_l and log a_l lie between their bounds.
     """
 
-    def __init__(self, bnn: BNN, d: int, flow: bool, seed: int) -> None:
+    def __init__(self, bnn: BNN, d: int, flow: bool, largest: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         flows = bnn.flow
         if flow and not flows:
@@ -264,10 +270,14 @@ class _WeightPrior:
         self.bnn, self.d = replace(bnn, flow=()), d
         values = [*bnn.variances("weight_variance"), *bnn.variances("bias_variance")]
         centres, shapes = zip(*[_centre_and_shape(value) for value in values], strict=True)
-        self.centres = _squeeze(torch.tensor(centres, dtype=torch.float64)).requires_grad_()
+        high = [math.log(largest)] * bnn.depth + [REACH]  # the readout's is the scale of f
+        self.bounds = torch.tensor([[-REACH] * len(centres), high * 2], dtype=torch.float64)
+        self.shape_bounds = torch.tensor(SHAPES, dtype=torch.float64).log()
         self.is_random = torch.tensor([math.isfinite(shape) for shape in shapes])
         finite = torch.tensor([shape for shape in shapes if math.isfinite(shape)])
-        self.shapes = _squeeze(finite.double().log()).requires_grad_()
+        start = torch.tensor(centres, dtype=torch.float64)
+        self.centres = _to_logit(start, self.bounds).requires_grad_()
+        self.shapes = _to_logit(finite.double().log(), self.shape_bounds).requires_grad_()
         self.flows = [
             [
                 (one.inner.clone().requires_grad_(), one.outer.clone().requires_grad_())
@@ -292,7 +302,7 @@ class _WeightPrior:
 
     def variances_at_centres(self) -> tuple[Tensor, Tensor]:
         """Variances of weights and of biases, (layer,) each."""
-        weight, bias = _unsqueeze(self.centres).exp().chunk(2)
+        weight, bias = _from_logit(self.centres, self.bounds).exp().chunk(2)
         return weight, bias
 
     def draw(self, draws: int, *, generator: torch.Generator) -> Parameters:
@@ -308,10 +318,10 @@ class _WeightPrior:
 
     def _variances(self, draws: int, *, generator: torch.Generator) -> Tensor:
         """One for every function and layer, (draw, 2 layer): heavy tails are within a batch."""
-        variances = _unsqueeze(self.centres).exp().expand(draws, -1)
+        variances = _from_logit(self.centres, self.bounds).exp().expand(draws, -1)
         if not len(self.shapes):
             return variances
-        shape = _unsqueeze(self.shapes).exp().expand(draws, -1)
+        shape = _from_logit(self.shapes, self.shape_bounds).exp().expand(draws, -1)
         gamma = torch._standard_gamma(shape, generator)  # its gradients are implicit
         ratio = torch.ones_like(variances)
         ratio = ratio.index_copy(-1, self.is_random.nonzero().squeeze(-1), shape / gamma)
@@ -324,8 +334,8 @@ class _WeightPrior:
     @torch.no_grad()
     def network(self) -> BNN:
         """The network with these parameters."""
-        centres = _unsqueeze(self.centres).exp().tolist()
-        shapes = iter(_unsqueeze(self.shapes).exp().tolist())
+        centres = _from_logit(self.centres, self.bounds).exp().tolist()
+        shapes = iter(_from_logit(self.shapes, self.shape_bounds).exp().tolist())
         values: list[float | Distribution] = []
         for centre, is_random in zip(centres, self.is_random.tolist(), strict=True):
             values.append(_inverse_gamma(centre, next(shapes)) if is_random else centre)
@@ -357,13 +367,15 @@ def _inverse_gamma(centre: float, shape: float) -> InverseGamma:
     return InverseGamma(*parameters)
 
 
-def _unsqueeze(raw: Tensor) -> Tensor:
-    """A logarithm within +-REACH, about the raw number itself where that is small."""
-    return REACH * torch.tanh(raw / REACH)
+def _from_logit(logit: Tensor, bounds: Tensor) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * torch.sigmoid(logit)
 
 
-def _squeeze(value: Tensor) -> Tensor:
-    return REACH * torch.atanh((value / REACH).clamp(-0.99, 0.99))
+def _to_logit(value: Tensor, bounds: Tensor) -> Tensor:
+    """The inverse; a start outside the bounds or next to them moves inside."""
+    low, high = bounds
+    return torch.logit(((value - low) / (high - low)).clamp(0.02, 0.98))
 
 
 # Moments and draws of both sides
