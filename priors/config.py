@@ -1,7 +1,7 @@
 """Priors as plain data: what a checkpoint's card stores, and how it is read back.
 
-Only classes named in `PRIORS` and `DISTRIBUTIONS` are ever built, from numbers, strings, lists and
-other configs; nothing is executed.
+Only classes named in `PRIORS`, `DISTRIBUTIONS` and `TRANSFORMS` are ever built, from numbers,
+strings, lists and other configs; nothing is executed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributions
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 from priors.bnn import BNN
 from priors.gp import GaussianProcess
@@ -41,12 +41,22 @@ DISTRIBUTIONS: dict[str, Any] = {
     ).split()
 } | {"BurrXII": BurrXII}
 
+TRANSFORMS: dict[str, tuple[str, ...]] = {  # with the numbers that define each
+    "AffineTransform": ("loc", "scale"),
+    "ExpTransform": (),
+    "PowerTransform": ("exponent",),
+    "SigmoidTransform": (),
+    "SoftplusTransform": (),
+    "TanhTransform": (),
+}
+
 
 def to_config(value: Any) -> Any:
     """A JSON-able description of a prior, from which `from_config` builds an equal one.
 
     A prior becomes {"prior": class name, field: value, ...}, a distribution {"distribution": class
-    name, parameter: value, ...} with "dtype" where its parameters are not float32.
+    name, parameter: value, ...} with "dtype" where its parameters are not float32, a transform
+    {"transform": class name, parameter: number, ...}.
 
     Raises:
         ValueError: a class that is not built in, or a value that is not plain data.
@@ -56,13 +66,16 @@ def to_config(value: Any) -> Any:
         return {"prior": type(value).__name__} | {k: to_config(v) for k, v in fields.items()}
     if isinstance(value, Distribution):
         return _distribution_to_config(value)
+    if isinstance(value, Transform):
+        return _transform_to_config(value)
     if isinstance(value, tuple | list):
         return [to_config(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
-        f"Expected a prior among {sorted(PRIORS)}, a distribution among {sorted(DISTRIBUTIONS)}, "
-        f"or numbers, strings and sequences of them; got {type(value).__name__}."
+        f"Expected a prior among {sorted(PRIORS)}, a distribution among {sorted(DISTRIBUTIONS)}, a "
+        f"transform among {sorted(TRANSFORMS)}, or numbers, strings and sequences of them; got "
+        f"{type(value).__name__}."
     )
 
 
@@ -78,6 +91,8 @@ def from_config(config: Any) -> Any:
         return config
     if "distribution" in config:
         return _distribution_from_config(config)
+    if "transform" in config:
+        return _transform_from_config(config)
     fields = dict(config)
     name = fields.pop("prior", None)
     cls = PRIORS.get(name) if isinstance(name, str) else None
@@ -112,6 +127,26 @@ def _distribution_from_config(config: dict[str, Any]) -> Distribution:
         raise ValueError(f"Expected parameters {_names(cls)} of {name}; got {sorted(parameters)}.")
     tensors = {k: torch.tensor(v, dtype=getattr(torch, dtype)) for k, v in parameters.items()}
     return cls(**tensors)
+
+
+def _transform_to_config(value: Transform) -> dict[str, Any]:
+    name = type(value).__name__
+    if name not in TRANSFORMS or type(value) is not getattr(distributions, name):
+        raise ValueError(f"Expected a transform among {sorted(TRANSFORMS)}; got {name}.")
+    return {"transform": name} | {k: float(getattr(value, k)) for k in TRANSFORMS[name]}
+
+
+def _transform_from_config(config: dict[str, Any]) -> Transform:
+    parameters = dict(config)
+    name = parameters.pop("transform")
+    if not isinstance(name, str) or name not in TRANSFORMS:
+        raise ValueError(f"Expected a transform among {sorted(TRANSFORMS)}; got {name!r}.")
+    if set(parameters) != set(TRANSFORMS[name]):
+        raise ValueError(
+            f"Expected parameters {TRANSFORMS[name]} of {name}; got {sorted(parameters)}."
+        )
+    transform: Transform = getattr(distributions, name)(**parameters)
+    return transform
 
 
 def _names(cls: Any) -> list[str]:

@@ -378,8 +378,9 @@ def _by_quadrature(prior: KernelPrior, task: _Task, hyper: Hyperpriors, step: fl
         return hyper.log_density(t) + model.log_likelihood(hyper.values(t))
 
     limits = [c.spacing / c.scale.expand(c.shape).reshape(-1) for c in hyper.coordinates]
-    # A line of nodes costs nothing: to the last digits, and far into the tails.
-    step, threshold = (0.25, 60.0) if hyper.dim == 1 else (step, 18.0)
+    threshold = 18.0
+    if hyper.dim == 1 and hyper.coordinates[0].name not in prior.shaping:
+        step, threshold = 0.25, 60.0  # costs nothing: to the last digits, and far into the tails
     nodes = integrate(
         log_density,
         hyper.dim,
