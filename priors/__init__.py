@@ -3,6 +3,7 @@
 from priors.bnn import BNN as BNN
 from priors.config import from_config as from_config
 from priors.config import to_config as to_config
+from priors.curves import LearningCurves as LearningCurves
 from priors.gp import GaussianProcess as GaussianProcess
 from priors.hebo import hebo_plus as hebo_plus
 from priors.kernel_prior import KernelPrior as KernelPrior
@@ -10,6 +11,7 @@ from priors.linear import Linear as Linear
 from priors.match import match as match
 from priors.mixture import Mixture as Mixture
 from priors.nngp import NNGP as NNGP
+from priors.parametric_curves import ParametricCurves as ParametricCurves
 from priors.reference import Marginal as Marginal
 from priors.reference import nuts_posterior as nuts_posterior
 from priors.scale_mixture import ScaleMixture as ScaleMixture

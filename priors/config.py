@@ -15,10 +15,12 @@ from torch import Tensor, distributions
 from torch.distributions import Distribution, Transform
 
 from priors.bnn import BNN
+from priors.curves import LearningCurves
 from priors.gp import GaussianProcess
 from priors.linear import Linear
 from priors.mixture import Mixture
 from priors.nngp import NNGP
+from priors.parametric_curves import ParametricCurves
 from priors.scale_mixture import ScaleMixture
 from priors.scales import BurrXII
 from priors.warped import Warped
@@ -26,9 +28,11 @@ from priors.warped import Warped
 PRIORS: dict[str, type] = {
     "BNN": BNN,
     "GaussianProcess": GaussianProcess,
+    "LearningCurves": LearningCurves,
     "Linear": Linear,
     "Mixture": Mixture,
     "NNGP": NNGP,
+    "ParametricCurves": ParametricCurves,
     "ScaleMixture": ScaleMixture,
     "Warped": Warped,
 }

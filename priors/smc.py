@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Distribution, MixtureSameFamily
 
 from priors.draws import draw_normal
 
 LogDensity = Callable[[Tensor], Tensor]  # (particle, dim) -> (particle,)
 
 TARGET = 0.25  # acceptance; 0.234 is best in many dimensions, 0.44 in one
+ISLANDS = 8  # whose spread has a standard error of a quarter of itself
 JUMPS = 0.1  # share of moves by a whole difference of two particles, from mode to mode
 
 
@@ -71,7 +72,7 @@ def sample_smc(
     *,
     generator: torch.Generator,
     allowed: Callable[[Tensor], Tensor] | None = None,
-    islands: int = 8,
+    islands: int = ISLANDS,
     keep: float = 0.5,
     movement: float = 1.0,
     max_sweeps: int = 200,
@@ -149,12 +150,14 @@ class SmcPosterior(MixtureSameFamily):
     """A mixture over weighted draws that knows the Monte Carlo error of its log density.
 
     Args:
-        log_weights: (..., 1, particle) of `sample_smc`, or expanded to (..., query, particle).
-        component: Normal of batch_shape (..., query, particle).
+        log_weights: (..., particle) of `sample_smc`.
+        component: of the same batch_shape (..., particle).
         islands: as there.
     """
 
-    def __init__(self, log_weights: Tensor, component: Normal, islands: int) -> None:
+    def __init__(
+        self, log_weights: Tensor, component: Distribution, islands: int = ISLANDS
+    ) -> None:
         super().__init__(Categorical(logits=log_weights), component)
         self._islands = islands
 
@@ -164,7 +167,7 @@ class SmcPosterior(MixtureSameFamily):
         With W_i the weight of island i and r_i its density relative to the mixture's, its square
         is Var_i[I W_i (r_i - 1)] / I: the delta method for a ratio of means over I islands.
         """
-        log_density = self.component_distribution.log_prob(value.unsqueeze(-1))
+        log_density = self.component_distribution.log_prob(self._pad(value))
         log_share = self.mixture_distribution.logits + log_density
         log_ratio = log_share - self.log_prob(value).unsqueeze(-1)
         by_island = log_ratio.unflatten(-1, (self._islands, -1)).logsumexp(-1).exp()  # W_i r_i
