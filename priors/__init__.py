@@ -11,7 +11,9 @@ from priors.linear import Linear as Linear
 from priors.match import match as match
 from priors.mixture import Mixture as Mixture
 from priors.nngp import NNGP as NNGP
+from priors.ntk import WideEnsemble as WideEnsemble
 from priors.parametric_curves import ParametricCurves as ParametricCurves
+from priors.programs import from_pyro as from_pyro
 from priors.reference import Marginal as Marginal
 from priors.reference import nuts_posterior as nuts_posterior
 from priors.scale_mixture import ScaleMixture as ScaleMixture

@@ -133,6 +133,55 @@ class MixtureOf(Distribution):
         return (self.log_weights.exp().reshape(shape) * parts).sum(0)
 
 
+class StackOf(Distribution):
+    """Independent distributions of one shape, stacked along a new first batch axis.
+
+    Args:
+        parts: distributions of equal batch_shape and event_shape.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+
+    def __init__(self, parts: Sequence[Distribution]) -> None:
+        self.parts = tuple(parts)
+        shape = torch.Size([len(parts), *parts[0].batch_shape])
+        super().__init__(shape, parts[0].event_shape, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.stack([part.mean for part in self.parts])
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.stack([part.variance for part in self.parts])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._each("log_prob", value)
+
+    def log_prob_error(self, value: Tensor) -> Tensor:
+        """That of each part."""
+        return self._each("log_prob_error", value)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        return self._each("cdf", value)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantiles at levels `value` in (0, 1), by bisection."""
+        return invert_cdf(self, value)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        return torch.stack([part.sample(shape) for part in self.parts], len(shape))
+
+    def _each(self, name: str, value: Tensor) -> Tensor:
+        """A method of all parts, each at its entries of `value`."""
+        whole = self.batch_shape + (self.event_shape if name.startswith("log_prob") else ())
+        value = value.expand(torch.broadcast_shapes(value.shape, whole))
+        entries = value.unbind(value.dim() - len(whole))
+        answers = [getattr(p, name)(v) for p, v in zip(self.parts, entries, strict=True)]
+        return torch.stack(answers, answers[0].dim() - len(self.batch_shape) + 1)
+
+
 class Transformed(Distribution):
     """The law of g(Z) for an increasing or decreasing g of the real line, elementwise.
 
