@@ -23,8 +23,9 @@ from priors.context import Context, read_context
 from priors.curve_families import FAMILIES, Family, log_density
 from priors.draws import draw_normal
 from priors.smc import SmcDraws, SmcPosterior, sample_smc
-from priors.tasks import Tasks
+from priors.tasks import ConditionalTasks, Tasks
 
+KNOWN = 1e-12  # the variance of a curve that is known
 CANDIDATES = 2**14  # curves at once, about what a cache holds
 SWEEPS = 100  # of moves per temperature
 SMOOTHING = 0.15  # of posterior standard deviations, about Silverman's choice for 10,000 draws
@@ -99,6 +100,26 @@ class ParametricCurves:
         x = (steps / self.horizon).unsqueeze(-1)
         return Tasks(x, y, f, latents, num_context=max(n - 1, 0))
 
+    def sample_conditional(
+        self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
+    ) -> ConditionalTasks:
+        """Tasks whose queries know their distribution given the latents: f is known, y is noisy.
+
+        Args:
+            visible: (m,); what a query sees changes nothing here, as the latents say it all.
+        """
+        tasks = self.sample(batch, n + len(visible), d, generator=generator)
+        mean = tasks.f[:, n:]
+        return ConditionalTasks(
+            x=tasks.x[:, :n],
+            y=tasks.y[:, :n],
+            x_query=tasks.x[:, n:],
+            mean=mean,
+            variance=torch.full_like(mean, KNOWN),
+            noise=tasks.latents["noise"],
+            latents=tasks.latents,
+        )
+
     def posterior(
         self,
         context: tuple[Any, Any],
@@ -128,19 +149,22 @@ class ParametricCurves:
             ValueError: arguments of other shapes, not finite, or x outside (0, 1].
         """
         data = self._read(context, x_query)
-        answers = [
-            self._predict(
-                self._infer(x, y, particles, (seed, i)), query * self.horizon, latent, joint
-            )
-            for i, (x, y, query) in enumerate(zip(data.x, data.y, data.x_query, strict=True))
+        draws = [
+            self._infer(x, y, particles, (seed, i))
+            for i, (x, y) in enumerate(zip(data.x, data.y, strict=True))
         ]
-        weights, mean, spread = (torch.stack(part) for part in zip(*answers, strict=True))
+        parts = [
+            self._predict(some, query, latent)
+            for some, query in zip(draws, data.x_query, strict=True)
+        ]
+        weights, mean, spread = (torch.stack(part) for part in zip(*parts, strict=True))
         if not data.batched:
             weights, mean, spread = weights[0], mean[0], spread[0]
-        if joint:  # (..., particle, query)
-            return SmcPosterior(weights, Independent(Normal(mean, spread), 1))
-        weights = weights.unsqueeze(-2).expand(mean.mT.shape)
-        return SmcPosterior(weights, Normal(mean.mT, spread.mT))
+        return _mixture(weights, mean, spread, joint)
+
+    def predict(self, draws: SmcDraws, x_query: Tensor) -> SmcPosterior:
+        """What `posterior` returns for the draws of `infer` at queries (m,)."""
+        return _mixture(*self._predict(draws, x_query.unsqueeze(-1), False), False)
 
     def log_evidence(
         self, context: tuple[Any, Any], *, particles: int = 8000, seed: int = 0
@@ -270,10 +294,10 @@ class ParametricCurves:
         )
 
     def _predict(
-        self, draws: SmcDraws, steps: Tensor, latent: bool, joint: bool
+        self, draws: SmcDraws, x_query: Tensor, latent: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log weights (particle,), means and standard deviations (particle, m)."""
-        f = self.curve(steps.squeeze(-1), draws.t)
+        f = self.curve(x_query.squeeze(-1) * self.horizon, draws.t)
         if not latent:
             return draws.log_weights, f, self.sigma(draws.t).unsqueeze(-1).expand_as(f)
         weights = draws.log_weights.exp().unsqueeze(-1)
@@ -281,6 +305,14 @@ class ParametricCurves:
         spread = (weights * (f - center).square()).sum(0).sqrt().clamp_min(1e-9)
         shrunk = center + math.sqrt(1 - SMOOTHING**2) * (f - center)
         return draws.log_weights, shrunk, (SMOOTHING * spread).expand_as(f)
+
+
+def _mixture(weights: Tensor, mean: Tensor, spread: Tensor, joint: bool) -> SmcPosterior:
+    """Of log weights (..., particle) and normals (..., particle, query)."""
+    if joint:
+        return SmcPosterior(weights, Independent(Normal(mean, spread), 1))
+    weights = weights.unsqueeze(-2).expand(mean.mT.shape)
+    return SmcPosterior(weights, Normal(mean.mT, spread.mT))
 
 
 def _rises_inside(f: Tensor) -> Tensor:
