@@ -39,7 +39,7 @@ POINTS = 64  # uniform on the box, where the user gives none
 HYPERPARAMETERS = 1024  # draws that stand for the hyperpriors in a covariance
 CHUNK = 2**18  # matrix entries at once, 2 MiB
 POOL = 4096  # draws of the Gaussian process that minibatches come from
-HELD_OUT = 2048  # draws of either side that choose the parameters returned
+HELD_OUT = 1024  # draws of either side that choose the parameters returned
 REACH = 10.0  # logarithms of variances stay within it, of both signs
 SHAPES = (0.6, 100.0)  # of inverse gammas: from a mean that is infinite to nearly a number
 CHECKS = 10  # times that held-out draws may choose other parameters
@@ -179,9 +179,9 @@ def _match_covariance(
     mean, covariance = target
     optimizer = torch.optim.LBFGS(
         [prior.centres],
-        max_iter=200,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-14,
+        max_iter=100,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-12,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
