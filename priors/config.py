@@ -16,6 +16,7 @@ from torch.distributions import Distribution, Transform
 
 from priors.bnn import BNN
 from priors.curves import LearningCurves
+from priors.flows import WeightFlow
 from priors.gp import GaussianProcess
 from priors.linear import Linear
 from priors.mixture import Mixture
@@ -36,6 +37,7 @@ PRIORS: dict[str, type] = {
     "ScaleMixture": ScaleMixture,
     "Warped": Warped,
 }
+PARTS: dict[str, type] = {"WeightFlow": WeightFlow}  # of priors, written and read like them
 
 DISTRIBUTIONS: dict[str, Any] = {
     name: getattr(distributions, name)
@@ -65,7 +67,9 @@ def to_config(value: Any) -> Any:
     Raises:
         ValueError: a class that is not built in, or a value that is not plain data.
     """
-    if dataclasses.is_dataclass(value) and type(value) is PRIORS.get(type(value).__name__):
+    if dataclasses.is_dataclass(value) and type(value) is (PRIORS | PARTS).get(
+        type(value).__name__
+    ):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"prior": type(value).__name__} | {k: to_config(v) for k, v in fields.items()}
     if isinstance(value, Distribution):
@@ -99,7 +103,7 @@ def from_config(config: Any) -> Any:
         return _transform_from_config(config)
     fields = dict(config)
     name = fields.pop("prior", None)
-    cls = PRIORS.get(name) if isinstance(name, str) else None
+    cls = (PRIORS | PARTS).get(name) if isinstance(name, str) else None
     if cls is None:
         raise ValueError(f"Expected a prior among {sorted(PRIORS)}; got {name!r}.")
     known = {field.name for field in dataclasses.fields(cls)}

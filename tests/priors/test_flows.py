@@ -1,12 +1,13 @@
 """Flows: their density is that of their draws, their inverse is exact, their numbers are data."""
 
+import json
 import math
 
 import pytest
 import torch
 from torch.distributions import Normal
 
-from priors.bnn import BNN
+from priors import BNN, from_config, to_config
 from priors.draws import draw_normal
 from priors.flows import WeightFlow, flow_of, identity_flow, push
 
@@ -84,6 +85,8 @@ def test_a_flow_is_plain_data() -> None:
     flow = bent_flow(3)
     again = WeightFlow(flow.dim, flow.couplings)
     assert again == flow and hash(again) == hash(flow)
+    network = BNN(width=8, depth=1, flow=(flow,))
+    assert from_config(json.loads(json.dumps(to_config(network)))).flow == network.flow
     z = draw_normal(4, 3, generator=generator())
     torch.testing.assert_close(again.forward(z).value, flow.forward(z).value, rtol=0, atol=0)
 
