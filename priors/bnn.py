@@ -21,12 +21,12 @@ from torch.distributions import Distribution, LogNormal
 from priors.draws import draw, draw_normal
 from priors.flows import WeightFlow
 from priors.inputs import DESIGNS, draw_inputs, standardise_inputs
+from priors.kernel_prior import JITTER, draw_prefixes
 from priors.tasks import ConditionalTasks, Tasks
 
 if TYPE_CHECKING:
     from priors.reference import Marginal
 
-FLOOR = 1e-10  # of the variance of a function that is known, relative to its prior's
 CACHED = 2**17  # activations of a hidden layer at once, 512 KiB
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -170,22 +170,33 @@ class BNN:
     def sample_conditional(
         self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
     ) -> ConditionalTasks:
-        """Tasks whose queries know their distribution given the weights: f itself, but for noise.
+        """Tasks whose queries know their distribution given hidden weights and y_1 .. y_visible.
+
+        The readout is integrated out: given the last hidden layer, f is a Gaussian process.
 
         Args:
-            visible: (m,) integers in 0 .. n, the number of leading observations that query j sees;
-                they tell nothing beyond the weights.
+            visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
         """
         parameters = self.draw_parameters(batch, d, generator=generator)
         x = draw_inputs(self.designs, batch, n + len(visible), d, generator=generator)
-        f = self._functions_in_single_precision(parameters, x)
-        noise = draw_normal(batch, n, generator=generator)
+        basis = self.readout_basis(parameters, x)
+        seen, asked = basis[:, :n], basis[:, n:]
+        variance = asked.square().sum(-1)
+        drawn = draw_prefixes(
+            seen @ seen.mT,
+            seen @ asked.mT,
+            variance,
+            parameters.noise,
+            JITTER * basis.square().sum(-1).mean(-1),
+            visible,
+            generator=generator,
+        )
         return ConditionalTasks(
             x=x[:, :n],
-            y=f[:, :n] + parameters.noise.sqrt().unsqueeze(-1) * noise,
+            y=drawn.y,
             x_query=x[:, n:],
-            mean=f[:, n:],
-            variance=FLOOR * (1 + f[:, n:].square()),
+            mean=drawn.mean,
+            variance=drawn.variance,
             noise=parameters.noise,
             latents=self.report(parameters),
         )

@@ -115,10 +115,6 @@ class KernelPrior(abc.ABC):
     ) -> ConditionalTasks:
         """Draws tasks whose queries know their distribution given the latents and y_1 .. y_visible.
 
-        With L the Cholesky factor of K + noise I, y = mean + L z, and A = L^-1 K_*, the conditional
-        of f_j given the first p observations is Normal(mean + A_:p,j z_:p, K_jj - |A_:p,j|^2): all
-        prefixes fall out of the factorisation that draws the tasks.
-
         Args:
             visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
         """
@@ -127,22 +123,22 @@ class KernelPrior(abc.ABC):
         signal, noise = self.variances(theta)
         x_all = draw_inputs(self.designs, batch, n + m, d, generator=generator)
         x, x_query = x_all[:, :n], x_all[:, n:]
-        z = draw_normal(batch, n, 1, generator=generator)
-        factor = cholesky(self.covariance(x, x, theta), noise + JITTER * signal)
-        weights = torch.linalg.solve_triangular(
-            factor, self.covariance(x, x_query, theta), upper=False
-        )  # (task, point, query)
-        seen = torch.arange(n, device=x.device).unsqueeze(-1) < visible.to(x.device)
-        weights = weights * seen
+        drawn = draw_prefixes(
+            self.covariance(x, x, theta),
+            self.covariance(x, x_query, theta),
+            self.variance(x_query, theta),
+            noise,
+            JITTER * signal,
+            visible,
+            generator=generator,
+        )
         constant = theta["mean"].unsqueeze(-1)
-        mean = constant + (weights * z).sum(1)
-        variance = self.variance(x_query, theta) - weights.square().sum(1)
         return ConditionalTasks(
             x=x,
-            y=constant + (factor @ z).squeeze(-1),
+            y=constant + drawn.y,
             x_query=x_query,
-            mean=mean,
-            variance=variance.clamp_min(JITTER * signal.unsqueeze(-1)),
+            mean=constant + drawn.mean,
+            variance=drawn.variance,
             noise=noise,
             latents=self._report(theta, d),
         )
@@ -317,6 +313,52 @@ class KernelPrior(abc.ABC):
                 rows.append(chosen)
                 values.append(function(name, some, *(part[chosen] for part in inputs)))
         return torch.cat(values)[torch.cat(rows).argsort()]
+
+
+class Prefixes(NamedTuple):
+    """Observations, and what a prefix of them says of f at each query, but for the prior mean."""
+
+    y: Tensor  # (task, n)
+    mean: Tensor  # (task, m)
+    variance: Tensor  # (task, m)
+
+
+def draw_prefixes(
+    covariance: Tensor,
+    cross: Tensor,
+    variance: Tensor,
+    noise: Tensor,
+    jitter: Tensor,
+    visible: Tensor,
+    *,
+    generator: torch.Generator,
+) -> Prefixes:
+    """Draws y = f + noise and the conditional of f at query j given y_1 .. y_visible_j.
+
+    With L the Cholesky factor of K + noise I, y = L z, and A = L^-1 K_*, the conditional given the
+    first p observations is Normal(A_:p,j z_:p, K_jj - |A_:p,j|^2): all prefixes fall out of the
+    factorisation that draws the tasks.
+
+    Args:
+        covariance: (task, n, n) of f at the observations.
+        cross: (task, n, m) between observations and queries.
+        variance: (task, m) of f at the queries.
+        noise: (task,) variance.
+        jitter: (task,) added to the diagonal, and the least variance left.
+        visible: (m,) integers in 0 .. n.
+    """
+    batch, n = cross.shape[:2]
+    z = draw_normal(batch, n, 1, generator=generator)
+    factor = cholesky(covariance, noise + jitter)
+    weights = torch.linalg.solve_triangular(factor, cross, upper=False)  # (task, point, query)
+    seen = torch.arange(n, device=cross.device).unsqueeze(-1) < visible.to(cross.device)
+    weights = weights * seen
+    left = variance - weights.square().sum(1)
+    return Prefixes(
+        y=(factor @ z).squeeze(-1),
+        mean=(weights * z).sum(1),
+        variance=left.clamp_min(jitter.unsqueeze(-1)),
+    )
 
 
 def check_hyperparameters(prior: KernelPrior, positive: tuple[str, ...]) -> None:

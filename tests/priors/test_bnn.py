@@ -15,7 +15,7 @@ import priors
 from priors import BNN, ConditionalPrior, from_config, to_config
 from priors.bnn import ACTIVATIONS
 from priors.infinite_width import nngp, nngp_variance
-from priors.inputs import standardise_inputs
+from priors.inputs import draw_inputs, standardise_inputs
 
 # sqrt(log(2 / p) / 2n) bounds a Kolmogorov-Smirnov distance but for p = 1e-6 of all seeds (DKW)
 DKW = math.sqrt(math.log(2e6) / 2)
@@ -171,19 +171,24 @@ def test_functions_are_differentiable_in_the_variances() -> None:
     assert torch.autograd.gradcheck(functions, variances)
 
 
-def test_queries_of_conditional_tasks_are_the_function_itself() -> None:
-    prior = BNN(noise=0.04)
+def test_queries_know_their_distribution_given_the_hidden_layer() -> None:
+    prior = BNN(7, 2, weight_variance=InverseGamma(3.0, 3.0), noise=0.1)
     assert isinstance(prior, ConditionalPrior)
-    visible = torch.tensor([0, 3, 5, 5])
-    tasks = prior.sample_conditional(500, 5, 2, visible, generator=generator(3))
-    parameters = prior.draw_parameters(500, 2, generator=generator(3))
-    torch.testing.assert_close(
-        tasks.mean, prior.functions(parameters, tasks.x_query), atol=1e-4, rtol=0
-    )
-    assert (tasks.variance > 0).all() and tasks.variance.max() < 1e-7
-    assert (tasks.noise == 0.04).all() and tasks.latents == {}
-    residual = (tasks.y - prior.functions(parameters, tasks.x)) / 0.2
-    assert ks_distance(torch.special.ndtr(residual.flatten())) < DKW / math.sqrt(2500)
+    visible = torch.tensor([0, 2, 5])
+    tasks = prior.sample_conditional(4, 5, 2, visible, generator=generator(3))
+    parameters = prior.draw_parameters(4, 2, generator=(same := generator(3)))
+    x = draw_inputs(("uniform",), 4, 8, 2, generator=same)
+    torch.testing.assert_close(torch.cat([tasks.x, tasks.x_query], 1), x)
+    basis = prior.readout_basis(parameters, x)
+    covariance = basis @ basis.mT
+    for i in range(4):
+        for j, p in enumerate(visible.tolist()):
+            seen = covariance[i, :p, :p] + 0.1 * torch.eye(p, dtype=torch.float64)
+            weights = torch.linalg.solve(seen, covariance[i, :p, 5 + j])
+            mean = weights @ tasks.y[i, :p]
+            variance = covariance[i, 5 + j, 5 + j] - weights @ covariance[i, :p, 5 + j]
+            torch.testing.assert_close(tasks.mean[i, j], mean, atol=1e-7, rtol=0)
+            torch.testing.assert_close(tasks.variance[i, j], variance, atol=1e-7, rtol=0)
 
 
 def test_without_observations_the_posterior_is_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
