@@ -195,7 +195,8 @@ class DrawsPosterior(MixtureOf):
     """An even mixture over the draws of all chains, which knows its Monte Carlo error."""
 
     def __init__(self, components: list[Distribution]) -> None:
-        super().__init__(torch.zeros(len(components), 1, dtype=torch.float64), components)
+        axes = [1] * len(components[0].batch_shape)
+        super().__init__(torch.zeros(len(components), *axes, dtype=torch.float64), components)
 
     def log_prob_error(self, value: Tensor) -> Tensor:
         """The standard error of `log_prob(value)` in nats, from batch means."""
