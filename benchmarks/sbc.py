@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 import typer
 from torch import Tensor
-from torch.distributions import HalfCauchy, InverseGamma, LogNormal, Normal, Uniform
+from torch.distributions import Distribution, HalfCauchy, InverseGamma, LogNormal, Normal
 
 from pfn.simulation import Simulated, judge, simulate
 from priors import (
@@ -54,19 +54,21 @@ def lines(x: Tensor) -> None:
 
 
 class Case(NamedTuple):
-    """A prior, how its posterior is computed, and the size of its tasks."""
+    """A prior, how its posterior is computed, with which options, and the size of its tasks."""
 
     prior: Any
     reference: str
     n: int
     d: int
+    options: dict[str, Any] = {}  # noqa: RUF012
+    tasks: int = 500
 
 
 SIMPLE = GaussianProcess(kernel="matern52", lengthscale=0.4, outputscale=1.0, noise=0.05)
 CASES = {
     "GaussianProcess": Case(GaussianProcess(), "quadrature", 10, 1),
-    "GaussianProcess, ARD": Case(GaussianProcess(ard=True), "NUTS", 8, 3),
-    "NNGP": Case(NNGP(depth=(1, 3)), "quadrature", 10, 2),
+    "GaussianProcess, ARD": Case(GaussianProcess(ard=True, outputscale=1.0), "NUTS", 6, 3),
+    "NNGP": Case(NNGP(depth=(1, 3), weight_variance=2.0), "quadrature", 10, 2),
     "ScaleMixture of NNGP": Case(
         ScaleMixture(NNGP(weight_variance=2.0), InverseGamma(2.0, 2.0)), "quadrature", 10, 2
     ),
@@ -74,19 +76,24 @@ CASES = {
         ScaleMixture(SIMPLE, HalfCauchy(1.0), scaled_noise=False), "quadrature", 10, 1
     ),
     "Linear": Case(Linear(), "quadrature", 8, 3),
-    "BNN": Case(BNN(10, 1), "NUTS", 8, 1),
-    "BNN, hierarchical": Case(BNN(10, 2, weight_variance=InverseGamma(3.0, 3.0)), "NUTS", 8, 1),
+    "BNN": Case(BNN(6, 1), "NUTS", 6, 1),
+    "BNN, hierarchical": Case(BNN(6, 1, weight_variance=InverseGamma(3.0, 3.0)), "NUTS", 6, 1),
     "Warped": Case(Warped(SIMPLE), "quadrature", 10, 1),
-    "HEBO+": Case(hebo_plus(), "sequential Monte Carlo", 8, 2),
+    "HEBO+": Case(hebo_plus(), "sequential Monte Carlo", 6, 1),
     "Mixture": Case(
-        Mixture((GaussianProcess(), Linear(), NNGP(weight_variance=2.0))), "quadrature", 8, 1
+        Mixture((SIMPLE, Linear(bias_variance=1.0), NNGP(bias_variance=0.3, weight_variance=2.0))),
+        "quadrature",
+        8,
+        1,
     ),
-    "lcpfn": Case(LearningCurves.lcpfn(), "sequential Monte Carlo", 12, 1),
-    "domhan": Case(LearningCurves.domhan(), "sequential Monte Carlo", 12, 1),
-    "Pyro": Case(from_pyro(lines), "NUTS", 8, 1),
+    "lcpfn": Case(LearningCurves.lcpfn(20), "sequential Monte Carlo", 8, 1, {"particles": 1600}),
+    "domhan": Case(
+        LearningCurves.domhan(20), "sequential Monte Carlo", 8, 1, {"particles": 800}, 100
+    ),
+    "Pyro": Case(from_pyro(lines), "NUTS", 6, 1, tasks=20),
     "GaussianProcess, random mean": Case(
         GaussianProcess(
-            lengthscale=Uniform(0.1, 1.0), mean=Normal(0.0, 2.0), noise=LogNormal(-3.0, 1.0)
+            lengthscale=0.3, mean=Normal(0.0, 2.0), noise=LogNormal(-3.0, 1.0), outputscale=1.0
         ),
         "quadrature",
         8,
@@ -97,29 +104,37 @@ CASES = {
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="cases; all by default")] = None,
-    tasks: Annotated[int, typer.Option(help="per case")] = 500,
+    most: Annotated[int, typer.Option(help="tasks per case")] = 500,
     workers: int = 2,
     state: Annotated[Path, typer.Option(help="where groups of tasks are kept")] = Path("runs/sbc"),
 ) -> None:
     """Simulates what is missing, and saves the table."""
     state.mkdir(parents=True, exist_ok=True)
     names = only or list(CASES)
-    jobs = [(name, i, state) for name in names for i in range(tasks // GROUP)]
+    counts = {name: min(most, CASES[name].tasks) // GROUP for name in names}
+    jobs = [(name, i, state) for name in names for i in range(counts[name])]
     missing = [job for job in jobs if not path(*job).is_file()]
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=50) as pool:
         futures = {pool.submit(simulate_group, *job): job for job in missing}
         for done, future in enumerate(as_completed(futures)):
             future.result()
             print(f"{done + 1} of {len(missing)}: {futures[future][0]}", flush=True)
-    common.save("sbc", [row(name, tasks, state) for name in names], group=GROUP)
+    common.save("sbc", [row(name, counts[name], state) for name in names], group=GROUP)
 
 
 def simulate_group(name: str, index: int, state: Path) -> None:
     """Simulates one group of tasks, a function of its index, and keeps it with its seconds."""
     torch.set_num_threads(1)
     case, began = CASES[name], time.perf_counter()
-    simulated = simulate(case.prior, GROUP, case.n, case.d, seed=index, group=GROUP)
+
+    def posterior(x: Tensor, y: Tensor, x_query: Tensor) -> Distribution:
+        known: Distribution = case.prior.posterior((x, y), x_query, **case.options)
+        return known
+
+    simulated = simulate(
+        case.prior, GROUP, case.n, case.d, seed=index, group=GROUP, posterior=posterior
+    )
     seconds = torch.tensor((time.perf_counter() - began) / GROUP)
     content = safetensors.torch.save({**simulated._asdict(), "seconds": seconds})
     file = path(name, index, state)
@@ -127,13 +142,11 @@ def simulate_group(name: str, index: int, state: Path) -> None:
     file.with_suffix(".partial").rename(file)
 
 
-def row(name: str, tasks: int, state: Path) -> dict[str, Any]:
+def row(name: str, groups: int, state: Path) -> dict[str, Any]:
     """The verdict on one case."""
     case = CASES[name]
-    groups = [
-        safetensors.torch.load(path(name, i, state).read_bytes()) for i in range(tasks // GROUP)
-    ]
-    parts = {key: torch.cat([g[key].reshape(-1) for g in groups]) for key in groups[0]}
+    kept = [safetensors.torch.load(path(name, i, state).read_bytes()) for i in range(groups)]
+    parts = {key: torch.cat([group[key].reshape(-1) for group in kept]) for key in kept[0]}
     verdict = judge(Simulated(*(parts[key] for key in Simulated._fields)))
     return {
         "prior": name,
@@ -155,7 +168,7 @@ def path(name: str, index: int, state: Path) -> Path:
         prior = json.dumps(to_config(case.prior))
     except ValueError:
         prior = name  # not built in: remove its files when it changes
-    words = f"{prior}/{case.n}/{case.d}/{GROUP}/{index}"
+    words = f"{prior}/{case.n}/{case.d}/{case.options}/{GROUP}/{index}"
     return state / f"{hashlib.blake2b(words.encode(), digest_size=8).hexdigest()}.safetensors"
 
 
