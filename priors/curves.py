@@ -62,7 +62,7 @@ class LearningCurves:
     """
 
     metrics: tuple[str, ...] = METRICS
-    resolution: float = 1e-4
+    resolution: float = 2e-5
 
     def __post_init__(self) -> None:
         if not self.metrics or not set(self.metrics) <= set(METRICS):
@@ -142,7 +142,7 @@ def _draw_layout(batch: int, n: int, d: int, *, generator: torch.Generator) -> _
     if d == 1:  # a beginning ends within the run
         whole = uniform(batch, 1) < 0.2
         steps = torch.where(whole, torch.full_like(steps, max(n, 2)), steps)
-        begun = torch.where(whole, n, begun.minimum(steps))
+        begun = torch.where(whole, n, begun.minimum(steps - 1))
     cuts = uniform(batch, most)
     cuts = cuts.masked_fill(torch.arange(most, device=device) >= siblings - 1, 2.0).sort(-1).values
     where = (row + 0.5) / begun.clamp_min(1)
@@ -161,7 +161,8 @@ def _draw_layout(batch: int, n: int, d: int, *, generator: torch.Generator) -> _
         covered = begun / steps
     spread = covered.gather(1, curve) / count.gather(1, curve).clamp_min(1)
     other = (uniform(batch, n) * siblings).long()
-    other = torch.where(uniform(batch, n) < 0.5, last.unsqueeze(-1), other)
+    done = (covered >= 1).gather(1, other)
+    other = torch.where(done | (uniform(batch, n) < 0.5), last.unsqueeze(-1), other)
     rest_curve = torch.where(in_beginning, curve, other)
     start = covered.gather(1, rest_curve) * (count.gather(1, rest_curve) > 0)
     later = start + (1 - start) * (1 - uniform(batch, n))
@@ -215,7 +216,9 @@ def _draw_latents(hyperparameters: Tensor, *, generator: torch.Generator) -> Ten
 
 
 def _latents(z: Tensor, curve: Tensor) -> Latents:
-    """The latents of each row by name, (task, row), given its curve (task, row)."""
+    """The latents of each row by name, (task, row), or (task, 1) if all are of one curve."""
+    if z.shape[1] == 1:
+        return dict(zip(LATENTS, z.unbind(-1), strict=True))
     rows = z.gather(1, curve.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
     return dict(zip(LATENTS, rows.unbind(-1), strict=True))
 
@@ -246,7 +249,7 @@ class _Curve(NamedTuple):
     y = 1 - error or y = 1 / (1 + loss).
     """
 
-    z: Latents  # each (task, row)
+    z: Latents  # each (task, row) or (task, 1)
     is_loss: Tensor  # (task, 1)
 
     def value(self, time: Tensor) -> Tensor:
@@ -273,8 +276,8 @@ class _Curve(NamedTuple):
         chance = 1 - (1 / classes) * (0.6 + 0.8 * _share(z["start"]))
         untrained = (0.5 * z["start"] + 1.5 * _excess(z["blow_up"], 0.12)).exp()
         begin = torch.where(self.is_loss, untrained, chance)
-        kept = torch.sigmoid(1.6 * z["finish"] - 1.0)  # of the error, by the best training
-        kept_loss = (-1.5 * _excess(-z["finish"], 1.0)).exp() * (0.95 + 0.05 * _share(z["scale"]))
+        kept = torch.sigmoid(1.6 * z["finish"] - 1.2)  # of the error, by the best training
+        kept_loss = (-1.9 * _excess(-z["finish"], 1.0)).exp() * (0.95 + 0.05 * _share(z["scale"]))
         kept = torch.where(self.is_loss, kept_loss, kept)
         shrink = 10 ** (-1.5 * _excess(z["flat"], 0.2))  # runs that hardly move
         kept = 1 - (1 - kept) * shrink
@@ -291,7 +294,7 @@ class _Curve(NamedTuple):
         delay = 0.3 * _excess(z["delay"], 0.12).clamp_max(2.5)
         time = torch.nn.functional.softplus((time - delay) / 0.03) * 0.03
         time = torch.where(delay > 0, time, time.clamp_min(1e-9))
-        speed = _log_uniform(z["speed"], -2.5, 1.0)
+        speed = _log_uniform(z["speed"], -3.0, 0.7)
         shape = _log_uniform(z["shape"], -0.6, 1.5)
         power = (0.45 * z["sharpness"]).exp()
 
@@ -328,13 +331,13 @@ class _Curve(NamedTuple):
     def overfitting(self, time: Tensor) -> Tensor:
         """What the metric loses again, relative to the gap."""
         z = self.z
-        size = torch.where(self.is_loss, 0.25, 0.06) * _excess(z["overfit"], 0.35)
+        size = torch.where(self.is_loss, 0.25, 0.06) * _excess(z["overfit"], 0.3)
         tau = _log_uniform(z["overfit_time"], -1.5, 0.3)
         return size * ((time / tau) ** (0.35 * z["overfit_power"]).exp()).log1p()
 
     def divergence(self) -> Tensor:
         """The time at which a run breaks down, beyond 1 for most."""
-        happens = _excess(self.z["diverge"], 0.06) > 0
+        happens = _excess(self.z["diverge"], 0.05) > 0
         return torch.where(happens, _log_uniform(self.z["diverge_time"], -2.0, 0.0), 2.0)
 
     def diverged(self) -> Tensor:
@@ -349,7 +352,7 @@ class _Curve(NamedTuple):
     def spread(self, time: Tensor) -> Tensor:
         """Standard deviation of the noise in the logit of y, before rounding."""
         z = self.z
-        size = 10 ** (-1.9 + 0.65 * z["noise"])
+        size = 10 ** (torch.where(self.is_loss, -2.7, -2.2) + 0.75 * z["noise"])
         rate, _ = self.schedule(time)
         settled = _share(z["settle"]) * (1 - self.remaining(time)) ** 2
         calm = (0.1 + 0.9 * rate).sqrt() * (1 - 0.8 * settled)
@@ -361,7 +364,7 @@ class _Curve(NamedTuple):
 
     def flips(self, time: Tensor, f: Tensor) -> Tensor:
         """Standard deviation of an accuracy by predictions that change from step to step."""
-        moving = 0.5 * _share(self.z["flips"]).square() * (time < self.divergence())
+        moving = 0.4 * _share(self.z["flips"]).square() * (time < self.divergence())
         deviation = moving * (f * (1 - f)).clamp_min(0).sqrt() / self.rows().sqrt()
         return torch.where(self.is_loss, torch.zeros_like(deviation), deviation)
 
@@ -402,8 +405,10 @@ def _autocorrelated(
     parallel scan, in which pairs (a, b) over runs of 1, 2, 4, ... rows are composed.
 
     Args:
-        time, curve, length: (task, row).
+        time, curve: (task, row).
+        length: (task, row) or (task, 1), in units of time.
     """
+    length = length.expand_as(time)
     order = (curve + time).argsort(-1)  # times are at most 1: ties between curves do no harm
     time, curve, length = (v.gather(1, order) for v in (time, curve, length))
     gap = (time[:, 1:] - time[:, :-1]).clamp_min(0)

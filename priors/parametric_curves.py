@@ -26,7 +26,8 @@ from priors.smc import SmcDraws, SmcPosterior, sample_smc
 from priors.tasks import ConditionalTasks, Tasks
 
 KNOWN = 1e-12  # the variance of a curve that is known
-CANDIDATES = 2**14  # curves at once, about what a cache holds
+CANDIDATES = 2**14  # curves at once
+CACHED = 2**16  # points, 512 KiB
 SWEEPS = 100  # of moves per temperature
 SMOOTHING = 0.15  # of posterior standard deviations, about Silverman's choice for 10,000 draws
 
@@ -92,7 +93,7 @@ class ParametricCurves:
             raise ValueError(f"Expected d = 1, the time, for parametric curves; got d = {d}.")
         t = self.draw(batch, generator=generator)
         steps = _steps(batch, n, self.horizon, generator=generator)
-        f = self.curve(steps, t)
+        f = self._by_pieces(steps, t)
         sigma = self.sigma(t).unsqueeze(-1)
         y = f + sigma * draw_normal(batch, n, generator=generator)
         final = self.curve(torch.full_like(steps[:, :1], self.horizon), t).squeeze(-1)
@@ -192,7 +193,9 @@ class ParametricCurves:
         accepted = [draw_normal(0, self.dim, generator=generator)]
         missing = count
         while missing > 0:
-            t = self.coordinates(draw_normal(CANDIDATES, self.dim, generator=generator))
+            t = self.coordinates(
+                draw_normal(min(CANDIDATES, 8 * missing), self.dim, generator=generator)
+            )
             t = t[_rises_inside(self.curve(ends, t))]  # most fail by their ends
             accepted.append(t[self.is_allowed(t)])
             missing -= len(accepted[-1])
@@ -201,7 +204,7 @@ class ParametricCurves:
     def is_allowed(self, t: Tensor) -> Tensor:
         """Whether curves with coordinates t (curve, dim) meet the walls, (curve,)."""
         steps = torch.arange(1.0, self.horizon + 1, dtype=t.dtype, device=t.device)
-        size = max(1, 2**20 // self.horizon)
+        size = max(1, CACHED // self.horizon)
         parts = [_rises_inside(self.curve(steps, some)) for some in t.split(size)]
         return torch.cat(parts)
 
@@ -244,6 +247,12 @@ class ParametricCurves:
             weight = torch.special.ndtr(t[:, last : last + 1])
             total = total + (part if family.linear else weight * part)
         return total
+
+    def _by_pieces(self, steps: Tensor, t: Tensor) -> Tensor:
+        """`curve` at steps (curve, point), on a CPU as many curves at a time as a cache holds."""
+        size = len(t) if t.device.type != "cpu" else max(1, CACHED // max(1, steps.shape[1]))
+        pieces = zip(steps.split(max(1, size)), t.split(max(1, size)), strict=True)
+        return torch.cat([self.curve(*piece) for piece in pieces])
 
     def sigma(self, t: Tensor) -> Tensor:
         """The noise's standard deviation (curve,)."""
