@@ -18,7 +18,7 @@ from torch.distributions import (
 )
 
 from priors import GaussianProcess, Mixture, Tasks, from_config, to_config
-from priors.distributions import MixtureOf, Transformed, expectation, invert_cdf
+from priors.distributions import MixtureOf, StackOf, Transformed, expectation, invert_cdf
 from priors.tasks import ConditionalPrior
 
 SMOOTH = GaussianProcess(lengthscale=0.4, outputscale=1.0, noise=0.01)
@@ -94,6 +94,23 @@ def test_joint_components_are_drawn_whole() -> None:
 def test_components_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="Expected components of one shape"):
         MixtureOf(torch.zeros(2), [Normal(0.0, 1.0), Normal(torch.zeros(2), 1.0)])
+
+
+def test_a_stack_is_its_parts_one_by_one() -> None:
+    parts = [Laplace(torch.arange(3).double(), scale) for scale in (0.5, 1.0)]
+    stack = StackOf([MixtureOf(torch.zeros(1, 1).double(), [part]) for part in parts])
+    assert stack.batch_shape == (2, 3) and stack.sample((5,)).shape == (5, 2, 3)
+    y = torch.linspace(-2, 4, 12, dtype=torch.float64).reshape(2, 2, 3)
+    expected = torch.stack([part.log_prob(y[:, i]) for i, part in enumerate(parts)], 1)
+    torch.testing.assert_close(stack.log_prob(y), expected, atol=1e-14, rtol=0)
+    torch.testing.assert_close(
+        stack.icdf(torch.full((2, 3), 0.3).double())[1],
+        parts[1].icdf(torch.full((3,), 0.3).double()),
+        atol=1e-10,
+        rtol=0,
+    )
+    joint = StackOf([MultivariateNormal(torch.zeros(3), torch.eye(3))] * 2)
+    assert joint.log_prob(torch.zeros(5, 2, 3)).shape == (5, 2)
 
 
 def test_moments_of_transformed_distributions_match_closed_forms() -> None:

@@ -236,6 +236,10 @@ def test_without_data_the_posterior_is_the_prior() -> None:
     gap = (posterior.log_prob(y) - exact.log_prob(y)).abs()
     assert (gap < 6 * posterior.log_prob_error(y)).all()  # type: ignore[attr-defined]
     torch.testing.assert_close(posterior.variance, exact.variance, rtol=0.3, atol=0)
+    nothing = (torch.empty(2, 0, 1), torch.empty(2, 0))
+    batch = from_pyro(regression).posterior(nothing, torch.rand(2, 3, 1), draws=20)
+    assert batch.batch_shape == (2, 3) and batch.cdf(batch.mean).shape == (2, 3)
+    assert from_pyro(regression).log_evidence(nothing).tolist() == [0.0, 0.0]
 
 
 def check_against_exact(program: Any, exact: Any, tasks: Any, n: int, **settings: int) -> None:
@@ -315,15 +319,3 @@ def test_eight_schools_are_partially_pooled() -> None:
     shrunk = (posterior.mean - mu) / (effects - mu)
     clear = (effects - mu).abs() > 1
     assert ((shrunk[clear] > 0) & (shrunk[clear] < 1)).all()
-
-
-@pytest.mark.slow
-def test_the_posterior_is_calibrated_on_tasks_of_the_program() -> None:
-    program = from_pyro(schools)
-    tasks = program.sample(16, 9, 1, generator=generator(3))
-    posterior = program.posterior(
-        (tasks.x[:, :8], tasks.y[:, :8]), tasks.x[:, 8:], warmup=60, draws=40
-    )
-    assert posterior.batch_shape == (16, 1)
-    pit = posterior.cdf(tasks.y[:, 8:]).flatten()
-    assert stats.kstest(pit.numpy(), "uniform").pvalue > 1e-6
