@@ -191,14 +191,13 @@ class ParametricCurves:
         """Coordinates (count, dim) of prior curves, by rejection; accepted ones in their order."""
         ends = torch.tensor([1.0, self.horizon], dtype=torch.float64, device=generator.device)
         accepted = [draw_normal(0, self.dim, generator=generator)]
-        missing = count
+        missing, tried = count, min(CANDIDATES, 8 * count)
         while missing > 0:
-            t = self.coordinates(
-                draw_normal(min(CANDIDATES, 8 * missing), self.dim, generator=generator)
-            )
+            t = self.coordinates(draw_normal(tried, self.dim, generator=generator))
             t = t[_rises_inside(self.curve(ends, t))]  # most fail by their ends
             accepted.append(t[self.is_allowed(t)])
             missing -= len(accepted[-1])
+            tried = min(CANDIDATES, 2 * tried)
         return torch.cat(accepted)[:count]
 
     def is_allowed(self, t: Tensor) -> Tensor:
