@@ -63,7 +63,7 @@ def test_the_posterior_follows_a_function() -> None:
 @pytest.mark.slow
 def test_the_posterior_is_calibrated_on_prior_tasks() -> None:
     prior = hebo_plus()
-    tasks = prior.sample(100, 9, 2, generator=generator(7))
+    tasks = prior.sample(40, 9, 2, generator=generator(7))
     posterior = prior.posterior((tasks.x[:, :8], tasks.y[:, :8]), tasks.x[:, 8:])
     pit = posterior.cdf(tasks.y[:, 8:]).flatten()
     assert stats.kstest(pit.numpy(), "uniform").pvalue > 1e-6
