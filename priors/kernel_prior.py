@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,24 @@ class Hyperparameter(NamedTuple):
     spacing: float = 0.7
 
 
+class NodeModel(Protocol):
+    """What quadrature asks of one task, for all its nodes at once; see `quadrature.Spectral`."""
+
+    def log_likelihood(self, theta: dict[str, Tensor]) -> Tensor:
+        """log p(y | x, theta) (node,)."""
+        ...
+
+    def mean(self, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance (node,) of the constant mean."""
+        ...
+
+    def predict(
+        self, theta: dict[str, Tensor], x_query: Tensor, *, joint: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Posterior mean (node, m) and variance (node, m), or covariance (node, m, m), of f."""
+        ...
+
+
 class KernelPrior(abc.ABC):
     """f ~ GP(mean, signal * unit kernel) and y = f + noise, given hyperparameters drawn per task.
 
@@ -52,7 +70,7 @@ class KernelPrior(abc.ABC):
     inputs: str | tuple[str, ...]
     shaping: ClassVar[tuple[str, ...]]  # the hyperparameters that the unit kernel depends on
     choice: ClassVar[str] = "kernel"
-    quadrature_limit: ClassVar[int] = 4  # hyperparameters; a lattice in four takes seconds
+    quadrature_limit: ClassVar[int] = 4  # hyperparameters; a lattice in four takes some ten seconds
 
     @abc.abstractmethod
     def hyperparameters(self, d: int) -> tuple[Hyperparameter, ...]:
@@ -75,6 +93,16 @@ class KernelPrior(abc.ABC):
         """What multiplies the unit kernel, and the variance of the noise, (task,) each."""
         return theta["outputscale"], theta["noise"]
 
+    def of_one_task(self, x: Tensor, y: Tensor, mean_variance: float) -> NodeModel:
+        """Likelihoods and predictions of x (point, dim), y (point,) for many hyperparameters.
+
+        Args:
+            mean_variance: of a normal prior of the mean, integrated out.
+        """
+        from priors.quadrature import Spectral  # on demand: it is built on this module
+
+        return Spectral(self, x, y, mean_variance)
+
     @property
     def designs(self) -> tuple[str, ...]:
         return (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
@@ -90,10 +118,10 @@ class KernelPrior(abc.ABC):
         return {self.choice: list(self.alternatives)}
 
     def posterior_is_quick(self, d: int) -> bool:
-        """Whether `posterior` of a task with d features is quadrature, at most a few seconds."""
+        """Whether `posterior` of a task with d features takes about a second: a small lattice."""
         from priors.hyperpriors import hyperpriors  # on demand: both are built on this module
 
-        return hyperpriors(self, d, {}).dim <= self.quadrature_limit
+        return hyperpriors(self, d, {}).dim <= min(3, self.quadrature_limit)
 
     def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
         """`batch` tasks of `n` points in `d` features, in float64 on the generator's device."""

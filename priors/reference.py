@@ -27,8 +27,8 @@ from torch.distributions import (
 from priors.context import as_tensor, read_context
 from priors.gp import GaussianProcess
 from priors.hyperpriors import Hyperpriors, hyperpriors
-from priors.kernel_prior import JITTER, KernelPrior, cholesky
-from priors.quadrature import Spectral, integrate, parities
+from priors.kernel_prior import JITTER, KernelPrior, NodeModel, cholesky
+from priors.quadrature import integrate, parities
 from priors.smc import SmcPosterior, sample_smc
 
 if TYPE_CHECKING:
@@ -214,7 +214,8 @@ class _Nodes(NamedTuple):
     """Weighted hyperparameters of one task under one alternative."""
 
     hyper: Hyperpriors
-    model: Spectral | _Dense
+    prior: KernelPrior
+    model: NodeModel
     t: Tensor  # (node, dim) in the coordinates of `hyper`
     log_weights: Tensor  # (node,); their exponentials sum to p(y, alternative | x)
     spacing: Tensor  # (dim,) of a lattice; 0 for draws
@@ -372,7 +373,7 @@ def _draws_of(prior: KernelPrior) -> str:
 
 
 def _by_quadrature(prior: KernelPrior, task: _Task, hyper: Hyperpriors, step: float) -> _Nodes:
-    model = Spectral(prior, task.x, task.y, hyper.mean_variance)
+    model = prior.of_one_task(task.x, task.y, hyper.mean_variance)
 
     def log_density(t: Tensor) -> Tensor:
         return hyper.log_density(t) + model.log_likelihood(hyper.values(t))
@@ -388,7 +389,9 @@ def _by_quadrature(prior: KernelPrior, task: _Task, hyper: Hyperpriors, step: fl
         step=step,
         threshold=threshold,
     )
-    return _Nodes(hyper, model, nodes.points, nodes.log_weights, nodes.spacing, nodes.lattice_index)
+    return _Nodes(
+        hyper, prior, model, nodes.points, nodes.log_weights, nodes.spacing, nodes.lattice_index
+    )
 
 
 def _by_nuts(
@@ -411,7 +414,9 @@ def _by_nuts(
     evidence = nuts.bridge_log_evidence(log_density, draws.t, seed=seed)
     t = draws.t.flatten(0, 1)
     log_weights = t.new_full((len(t),), evidence.value - math.log(len(t)))
-    return _Nodes(hyper, model, t, log_weights, torch.zeros(()), None, draws, evidence.error)
+    return _Nodes(
+        hyper, model.prior, model, t, log_weights, torch.zeros(()), None, draws, evidence.error
+    )
 
 
 def _by_smc(
@@ -427,7 +432,7 @@ def _by_smc(
         start, hyper.log_density, log_likelihood, generator=generator, islands=ISLANDS
     )
     log_weights = draws.log_weights + draws.log_evidence
-    return _Nodes(hyper, model, draws.t, log_weights, torch.zeros(()), islands=ISLANDS)
+    return _Nodes(hyper, model.prior, model, draws.t, log_weights, torch.zeros(()), islands=ISLANDS)
 
 
 def _distribution(
@@ -453,7 +458,7 @@ def _distribution(
     if size == 1:
         return Normal(mean.squeeze(-2), spread.squeeze(-2))
     mean, spread = mean.mT, spread.mT  # (..., query, node)
-    mixture = Categorical(logits=log_weights.unsqueeze(-2).expand(mean.shape))
+    mixture = Categorical(logits=log_weights.unsqueeze(-2).expand(mean.shape), validate_args=False)
     if islands := nodes[0][0].islands:  # each with its draws of all alternatives
         order = torch.arange(size).reshape(len(nodes[0]), islands, -1).transpose(0, 1).flatten()
         normals = Normal(mean[..., order], spread[..., order])
@@ -480,7 +485,7 @@ def _predict(task: _Task, nodes: list[_Nodes], latent: bool, joint: bool) -> _Pr
             keep = keep[:: math.ceil(len(keep) / limit)]
         theta = part.hyper.values(part.t[keep])
         mean, spread = part.model.predict(theta, task.x_query, joint=joint)
-        signal, noise = part.model.prior.variances(theta)
+        signal, noise = part.prior.variances(theta)
         noise = torch.zeros_like(noise) if latent else noise
         if joint:
             spread = cholesky(spread, noise + JITTER * signal)
@@ -544,6 +549,8 @@ def read_given(
             count = len(prior.alternatives)
             if not all(index in range(count) for index in latents[name].tolist()):
                 raise ValueError(f"Expected a {name} index below {count}; got {value}.")
-        elif name != "mean" and not (value > 0).all():
+        elif name == "relevance" and not ((value == 0) | (value == 1)).all():
+            raise ValueError(f"Expected a {name} of 0 or 1; got {value.tolist()}.")
+        elif name not in ("mean", "relevance") and not (value > 0).all():
             raise ValueError(f"Expected a positive {name}; got {value.tolist()}.")
     return latents

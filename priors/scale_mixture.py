@@ -83,11 +83,10 @@ class ScaleMixture(KernelPrior):
 
     def hyperparameters(self, d: int) -> tuple[Hyperparameter, ...]:
         """The base's, those that are variances of y now relative to the scale, and the scale."""
-        relative = {"outputscale"} | ({"noise"} if self.scaled_noise else set())
-        parts = [
-            h._replace(name=self._name(h.name), unit="" if h.name in relative else h.unit)
-            for h in self.base.hyperparameters(d)
-        ]
+        parts = []
+        for h in self.base.hyperparameters(d):
+            is_relative = h.unit == "y^2" and (h.name != "noise" or self.scaled_noise)
+            parts.append(h._replace(name=self._name(h.name), unit="" if is_relative else h.unit))
         return (*parts, Hyperparameter("scale", self.scale, "y^2"))
 
     def variances(self, theta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

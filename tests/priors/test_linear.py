@@ -75,10 +75,10 @@ def test_predictions_are_those_of_function_space() -> None:
     torch.testing.assert_close(each, spread.diagonal(), atol=1e-11, rtol=0)
     posterior = prior.posterior((x[:8], y[:8]), x[8:])
     # a kernel's jitter is 1e-10 of the signal
-    torch.testing.assert_close(posterior.mean, mean, atol=1e-8, rtol=0)
-    torch.testing.assert_close(posterior.variance, each + 0.1, atol=1e-8, rtol=0)
+    torch.testing.assert_close(posterior.mean, mean, atol=1e-10, rtol=0)
+    torch.testing.assert_close(posterior.variance, each + 0.1, atol=1e-10, rtol=0)
     latent = prior.posterior((x[:8], y[:8]), x[8:], latent=True)
-    torch.testing.assert_close(latent.variance, each, atol=1e-8, rtol=0)
+    torch.testing.assert_close(latent.variance, each, atol=1e-10, rtol=0)
 
 
 def test_the_mean_is_ridge_regression_with_a_free_intercept() -> None:
