@@ -8,7 +8,7 @@ from priors.gp import GaussianProcess as GaussianProcess
 from priors.hebo import hebo_plus as hebo_plus
 from priors.kernel_prior import KernelPrior as KernelPrior
 from priors.linear import Linear as Linear
-from priors.match import match as match
+from priors.matching import match as match
 from priors.mixture import Mixture as Mixture
 from priors.nngp import NNGP as NNGP
 from priors.ntk import WideEnsemble as WideEnsemble

@@ -1,7 +1,7 @@
 """matched-bnn: a small network whose weights are tuned to follow a smooth Gaussian process.
 
 A seed decides the match, which takes seconds, so that a run that continues finds the same
-variances. `priors.match.distance` tells how close the functions are.
+variances. `priors.matching.distance` tells how close the functions are.
 """
 
 from pfn.pretrain import PretrainConfig

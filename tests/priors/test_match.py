@@ -13,7 +13,7 @@ from priors.dual import ACTIVATIONS
 from priors.infinite_width import nngp
 from priors.inputs import standardise_inputs
 from priors.kernel_prior import KernelPrior
-from priors.match import (
+from priors.matching import (
     Distance,
     Progress,
     _gp_functions,
