@@ -4,7 +4,7 @@ A flow turns standard normal numbers into the bias and weights of one hidden uni
 layer share it and are independent, so that it has as many numbers for ten units as for thousands,
 and wide networks still converge to a Gaussian process. Affine couplings are inverted exactly, and
 their Jacobian is triangular: samples and density belong to the same distribution (with planar
-flows, which have no closed inverse, they easily do not). `match.py` fits them.
+flows, which have no closed inverse, they easily do not). `matching.py` fits them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A function is the vector of its values at a set of points. All distances are differentiable, and
 those that grow with the number of points are to be divided by its square root, so that they stay
-in the units of the function and compare across sets of points. `match.py` minimises them.
+in the units of the function and compare across sets of points. `matching.py` minimises them.
 """
 
 from __future__ import annotations
