@@ -53,8 +53,9 @@ class MixtureOf(Distribution):
             shapes = [(tuple(p.batch_shape), tuple(p.event_shape)) for p in components]
             raise ValueError(f"Expected components of one shape; got {shapes}.")
         self.components = tuple(components)
-        shape = (len(components), *first.batch_shape)
-        self.log_weights = log_weights.log_softmax(0).expand(shape)
+        missing = 1 + len(first.batch_shape) - log_weights.dim()  # axes between component and ...
+        log_weights = log_weights.reshape(len(log_weights), *[1] * missing, *log_weights.shape[1:])
+        self.log_weights = log_weights.log_softmax(0).expand(len(components), *first.batch_shape)
         super().__init__(first.batch_shape, first.event_shape, validate_args=False)
 
     @property
@@ -215,21 +216,37 @@ class Transformed(Distribution):
         return expectation(self.base, lambda z: (self.transform(z) - mean).square())
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Minus infinity out of the range of g."""
+        value, inside = self._clip(value)
         z = self.transform.inv(value)
         slope = self.transform.log_abs_det_jacobian(z, value)
         slope = slope.sum(-1) if self.event_shape else slope
-        return self.base.log_prob(z) - slope
+        inside = inside.all(-1) if self.event_shape else inside
+        return (self.base.log_prob(z) - slope).where(inside, -math.inf)
 
     def log_prob_error(self, value: Tensor) -> Tensor:
-        """The base's, or zero where it states none."""
+        """The base's, or zero where it states none and out of the range of g."""
+        value, inside = self._clip(value)
         z = self.transform.inv(value)
-        if hasattr(self.base, "log_prob_error"):
-            return self.base.log_prob_error(z)
-        return torch.zeros_like(self.base.log_prob(z))
+        if not hasattr(self.base, "log_prob_error"):
+            return torch.zeros_like(self.base.log_prob(z))
+        inside = inside.all(-1) if self.event_shape else inside
+        error: Tensor = self.base.log_prob_error(z)
+        return error.where(inside, 0.0)
 
     def cdf(self, value: Tensor) -> Tensor:
-        below = self.base.cdf(self.transform.inv(value))
-        return below if self.transform.sign > 0 else 1 - below
+        """Zero below the range of g, one above."""
+        clipped, inside = self._clip(value)
+        below = self.base.cdf(self.transform.inv(clipped))
+        below = below if self.transform.sign > 0 else 1 - below
+        return below.where(inside, (value > clipped).to(below.dtype))
+
+    def _clip(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`value` with g(0) where it is out of the range of g, and where it is not."""
+        # a composition states the codomain of its last part only, so its inverse may be NaN
+        outside = ~self.transform.codomain.check(value) | self.transform.inv(value).isnan()
+        inside = ~outside | value.isnan()  # NaN stays the base's to refuse
+        return value.where(inside, self.transform(torch.zeros_like(value))), inside
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles at levels `value` in (0, 1)."""
@@ -248,9 +265,13 @@ class Transformed(Distribution):
 
 
 def invert_cdf(distribution: Distribution, level: Tensor) -> Tensor:
-    """The values at which the cdf is `level`, in (0, 1), by bisection to the last bits."""
+    """The values at which the cdf is `level`, in (0, 1), by bisection to the last bits.
+
+    The search starts from mean and standard deviation, or from 0 and 1 where there are none.
+    """
     shape = torch.broadcast_shapes(level.shape, distribution.batch_shape)
-    center, scale = distribution.mean.expand(shape), distribution.stddev.expand(shape)
+    center = distribution.mean.nan_to_num(0.0, 0.0, 0.0).expand(shape)
+    scale = distribution.variance.nan_to_num(1.0, 1.0, 1.0).sqrt().expand(shape)
     low, high = center - scale, center + scale
     for _ in range(1000):
         below, above = distribution.cdf(low) > level, distribution.cdf(high) < level

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributions
 from torch.distributions import Chi2, Distribution, constraints
 
+from priors.distributions import invert_cdf
+
 
 class StudentT(distributions.StudentT):
     """torch's Student-t distribution with its cdf; df, location and scale of any common shape."""
@@ -23,6 +25,12 @@ class StudentT(distributions.StudentT):
         half = torch.full_like(self.df, 0.5)
         tail = 0.5 * incomplete_beta(self.df / 2, half, self.df / total, t.square() / total)
         return torch.where(t > 0, 1 - tail, tail)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantiles at levels `value` in (0, 1), by bisection below the location, and symmetry."""
+        zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
+        t = invert_cdf(StudentT(self.df, zero, one), torch.minimum(value, 1 - value))
+        return self.loc + self.scale * torch.where(value > 0.5, -t, t)
 
 
 class MultivariateStudentT(Distribution):
@@ -64,6 +72,14 @@ class MultivariateStudentT(Distribution):
     def variance(self) -> Tensor:
         factor = (self.df / (self.df - 2)).where(self.df > 2, torch.inf)
         return factor.unsqueeze(-1) * self.scale_tril.square().sum(-1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MultivariateStudentT:
+        return MultivariateStudentT(
+            self.df.expand(batch_shape),
+            self.loc.expand(*batch_shape, -1),
+            self.scale_tril.expand(*batch_shape, -1, -1),
+            validate_args=False,
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The joint log density (...) of value (..., m)."""

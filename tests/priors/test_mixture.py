@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import (
+    AffineTransform,
+    Cauchy,
+    ComposeTransform,
     ExpTransform,
     Laplace,
     LogNormal,
@@ -96,6 +99,18 @@ def test_components_of_different_shapes_are_refused() -> None:
         MixtureOf(torch.zeros(2), [Normal(0.0, 1.0), Normal(torch.zeros(2), 1.0)])
 
 
+def test_weights_belong_to_components_where_the_batch_is_as_long() -> None:
+    parts = [Normal(torch.zeros(2), 1.0), Normal(torch.full((2,), 10.0), 1.0)]
+    mixture = MixtureOf(torch.tensor([0.0, 5.0]), parts)
+    share = 1 / (1 + math.exp(-5))
+    torch.testing.assert_close(mixture.mean, torch.full((2,), 10 * share))
+    torch.testing.assert_close(mixture.expand((3, 2)).mean, torch.full((3, 2), 10 * share))
+    by_task = torch.tensor([[0.0, 100.0], [100.0, 0.0]])  # (component, task)
+    tasks = [Normal(torch.full((2, 3), loc), 1.0) for loc in (0.0, 10.0)]
+    mean = MixtureOf(by_task.unsqueeze(-1), tasks).mean
+    torch.testing.assert_close(mean, torch.tensor([[10.0], [0.0]]).expand(2, 3))
+
+
 def test_a_stack_is_its_parts_one_by_one() -> None:
     parts = [Laplace(torch.arange(3).double(), scale) for scale in (0.5, 1.0)]
     stack = StackOf([MixtureOf(torch.zeros(1, 1).double(), [part]) for part in parts])
@@ -142,6 +157,42 @@ def test_moments_of_transformed_mixtures_go_component_by_component() -> None:
     level = torch.tensor([0.01, 0.4, 0.99], dtype=torch.float64)
     torch.testing.assert_close(warped.cdf(warped.icdf(level)), level, atol=1e-12, rtol=0)
     torch.testing.assert_close(warped.icdf(level).log(), invert_cdf(base, level))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_out_of_its_range_a_transformed_law_has_no_density(sign: float) -> None:
+    warp = (
+        ExpTransform() if sign > 0 else ComposeTransform([AffineTransform(0, -1), ExpTransform()])
+    )
+    law = Transformed(Normal(torch.zeros(3).double(), 1.0), warp)
+    value = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    exact = LogNormal(torch.zeros(()).double(), 1.0)  # the normal is symmetric
+    log_density, below = law.log_prob(value), law.cdf(value)
+    assert log_density[:2].tolist() == [-math.inf] * 2 and below[:2].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(log_density[2], exact.log_prob(value[2]))
+    torch.testing.assert_close(below[2], exact.cdf(value[2]))
+    (slope,) = torch.autograd.grad(log_density[2] + below.sum(), value)
+    assert slope.isfinite().all()
+    eye = torch.eye(2, dtype=torch.float64)
+    joint = Transformed(MultivariateNormal(torch.zeros(2).double(), eye), warp)
+    assert joint.log_prob(torch.tensor([-1.0, 2.0]).double()) == -math.inf
+
+
+def test_above_its_range_a_transformed_law_has_probability_one() -> None:
+    negative = ComposeTransform([ExpTransform(), AffineTransform(0, -1)])  # decreasing, to y < 0
+    law = Transformed(Normal(torch.zeros(2).double(), 1.0), negative)
+    value = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert law.log_prob(value)[0] == -math.inf and law.log_prob_error(value).tolist() == [0, 0]
+    torch.testing.assert_close(law.cdf(value), torch.tensor([1.0, 0.5]).double())
+
+
+def test_quantiles_are_found_without_moments() -> None:
+    level = torch.tensor([1e-3, 0.3, 0.5, 0.999], dtype=torch.float64)
+    cauchy = Cauchy(torch.full((4,), 3.0).double(), 2.0)
+    torch.testing.assert_close(invert_cdf(cauchy, level), cauchy.icdf(level), rtol=1e-9, atol=0)
+    far = torch.tensor([0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
+    mixture = MixtureOf(torch.zeros(2), [cauchy, cauchy])
+    torch.testing.assert_close(mixture.icdf(far), cauchy.icdf(far), rtol=1e-9, atol=0)
 
 
 # priors

@@ -21,6 +21,14 @@ def test_cdf_is_scipys(df: float) -> None:
     torch.testing.assert_close(ours.cdf(t), expected, atol=2e-15, rtol=1e-11)
 
 
+@pytest.mark.parametrize("df", [0.7, 1.0, 2.0, 5.0, 300.0])
+def test_quantiles_are_scipys(df: float) -> None:
+    level = torch.tensor([1e-9, 1e-3, 0.2, 0.5, 0.9, 0.999], dtype=torch.float64)
+    ours = StudentT(torch.full_like(level, df), torch.tensor(0.5).double(), 2.0)
+    expected = torch.from_numpy(scipy.stats.t(df, 0.5, 2.0).ppf(level.numpy()))
+    torch.testing.assert_close(ours.icdf(level), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_incomplete_beta_is_scipys() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = (10 ** (4 * torch.rand(500, generator=g, dtype=torch.float64) - 1.5) for _ in "ab")
@@ -43,6 +51,13 @@ def test_joint_density_is_scipys() -> None:
     at = torch.randn(50, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
     expected = scipy.stats.multivariate_t(loc.numpy(), shape.numpy(), df=5.0).logpdf(at.numpy())
     torch.testing.assert_close(ours.log_prob(at), torch.from_numpy(expected), atol=1e-12, rtol=0)
+
+
+def test_joint_laws_expand() -> None:
+    ours, loc, _ = joint()
+    wide = ours.expand((3,))
+    assert wide.batch_shape == (3,) and wide.sample((2,)).shape == (2, 3, 4)
+    torch.testing.assert_close(wide.log_prob(loc), ours.log_prob(loc).expand(3))
 
 
 def test_joint_draws_have_the_moments() -> None:
