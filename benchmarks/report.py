@@ -19,6 +19,12 @@ HEADINGS = {
     "peers": "Training against the `pfns` package",
     "compute-gp": "The gap of `gp` against its training",
     "uci": "Small real tables",
+    "functional-priors": "Networks matched to a Gaussian process, on real tables",
+    "sbc": "Calibration of sampled references by simulation",
+    "draws": "Draws of every prior",
+    "curve-prior": "Learning curves drawn beside real ones",
+    "curve-speed": "Draws of learning curves",
+    "curve-reference": "The reference posterior of published learning curves",
     "studies": "Design choices at equal compute",
 }
 
