@@ -115,7 +115,7 @@ def main(
     jobs = [(name, i, state) for name in names for i in range(counts[name])]
     missing = [job for job in jobs if not path(*job).is_file()]
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=50) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         futures = {pool.submit(simulate_group, *job): job for job in missing}
         for done, future in enumerate(as_completed(futures)):
             future.result()
