@@ -353,6 +353,8 @@ class _WeightPrior:
 def _centre_and_shape(value: float | Distribution) -> tuple[float, float]:
     """Log of the centre, rate / shape, of a variance, and its shape; a number has no spread."""
     if not isinstance(value, Distribution):
+        if not value > 0:
+            raise ValueError(f"Expected positive variances to start the match from; got {value}.")
         return math.log(value), math.inf
     if type(value) is not InverseGamma:
         raise ValueError(
