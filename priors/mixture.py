@@ -107,6 +107,8 @@ class Mixture:
         Raises:
             ValueError: if parts differ in `num_context`.
         """
+        if batch == 0:
+            return _none_of(self.sample(1, n, d, generator=generator))
         component = self._draw_components(batch, generator=generator)
         parts = [
             prior.sample(max(1, int((component == index).sum())), n, d, generator=generator)
@@ -231,6 +233,12 @@ class Mixture:
         }
         latents = {name: _gather(component, [part[name] for part in parts]) for name in shared}
         return dict(sorted(latents.items())) | {"component": component}
+
+
+def _none_of(tasks: Tasks) -> Tasks:
+    """No tasks, of the shapes of these."""
+    x, y, f = tasks.x[:0], tasks.y[:0], tasks.f[:0]
+    return Tasks(x, y, f, {k: v[:0] for k, v in tasks.latents.items()}, tasks.num_context)
 
 
 def _gather(component: Tensor, parts: list[Tensor]) -> Tensor:

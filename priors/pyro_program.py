@@ -79,7 +79,7 @@ class PyroProgram:
         Raises:
             ValueError: a program without a site "y" of shape (n,).
         """
-        x = draw_inputs(self.designs, batch, n, d, generator=generator)
+        x = draw_inputs(self.designs, max(1, batch), n, d, generator=generator)
         seed = int(torch.randint(2**62, (), device=generator.device, generator=generator))
         with _private_draws(seed, generator.device):
             run = _run_all(self.model, x)
@@ -89,7 +89,8 @@ class PyroProgram:
             other = (longer.latents | longer.functions).get(name)
             if other is not None and other.shape == value.shape[1:]:  # it is of no single point
                 latents |= _by_name(name, value, d)
-        return Tasks(x, run.y.double(), run.f.double(), latents)
+        latents = {name: value[:batch] for name, value in latents.items()}  # none where batch is 0
+        return Tasks(x[:batch], run.y[:batch].double(), run.f[:batch].double(), latents)
 
     def posterior(
         self,

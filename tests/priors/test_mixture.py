@@ -265,6 +265,15 @@ def test_the_error_is_that_of_parts_which_state_one(task: tuple[Tensor, ...]) ->
     torch.testing.assert_close(one, LINE.posterior((x, y), x_query).log_prob_error(y_query))
 
 
+def test_no_tasks_and_no_queries_are_answered() -> None:
+    prior = Mixture([SMOOTH, ROUGH])
+    tasks = prior.sample(0, 5, 2, generator=generator())
+    assert tasks.x.shape == (0, 5, 2) and tasks.y.shape == (0, 5)
+    assert tasks.latents["component"].shape == (0,)
+    posterior = prior.posterior(([0.1, 0.6], [0.3, -1.0]), torch.empty(0, 1))
+    assert posterior.mean.shape == posterior.log_prob(torch.empty(0)).shape == (0,)
+
+
 def test_tasks_come_from_the_parts_in_random_order() -> None:
     prior = Mixture([SMOOTH, Coin()], (0.3, 0.7))
     tasks = prior.sample(4000, 3, 1, generator=generator())

@@ -94,6 +94,12 @@ def test_tasks_of_a_program_have_the_moments_of_the_same_prior() -> None:
     assert abs(float(shared.mean()) - 1) < 4.9 * float(shared.std()) / math.sqrt(20000)
 
 
+def test_no_tasks_have_the_shapes_of_some() -> None:
+    tasks = from_pyro(regression).sample(0, 4, 2, generator=generator())
+    assert tasks.x.shape == (0, 4, 2) and tasks.y.shape == tasks.f.shape == (0, 4)
+    assert tasks.latents["w"].shape == (0, 2) and tasks.latents["b"].shape == (0,)
+
+
 def test_tasks_of_a_batch_are_independent() -> None:
     tasks = from_pyro(regression).sample(20000, 3, 1, generator=generator())
     for value in (tasks.latents["b"], tasks.y[:, 0]):
