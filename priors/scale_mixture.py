@@ -9,7 +9,7 @@ only unknown, on a line of nodes, to the last digits. `scales.py` has scales tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class ScaleMixture(KernelPrior):
     """
 
     base: KernelPrior
-    scale: Distribution = InverseGamma(2.0, 2.0)
+    # made when asked for: torch imports a third of a second of symbolic mathematics to make one
+    scale: Distribution = field(default_factory=lambda: InverseGamma(2.0, 2.0))
     scaled_noise: bool = True
 
     def __post_init__(self) -> None:
