@@ -336,7 +336,7 @@ class KernelPrior(abc.ABC):
         rows, values = [], []
         for index, name in enumerate(self.alternatives):
             chosen = (theta[self.choice] == index).nonzero().squeeze(-1)
-            if len(chosen):
+            if len(chosen) or not len(theta[self.choice]):  # no tasks: an empty kernel
                 some = {key: theta[key][chosen] for key in self.shaping}
                 rows.append(chosen)
                 values.append(function(name, some, *(part[chosen] for part in inputs)))

@@ -175,8 +175,8 @@ def test_sequential_monte_carlo_agrees_with_quadrature_within_its_error() -> Non
     drawn = prior.posterior((x, y), x_query, method="smc")
     gap = (drawn.log_prob(y_query) - exact).abs()
     error = drawn.log_prob_error(y_query)  # type: ignore[attr-defined]
-    # eight islands: Student-t of 7 degrees of freedom, 9 deviations for 1e-6 of 4 comparisons
-    assert (gap < 9 * error + 1e-4).all() and error.max() < 0.1
+    # eight islands: Student-t of 7 degrees of freedom, 19.3 deviations for 1e-6 of 4 comparisons
+    assert (gap < 19.3 * error + 1e-4).all() and error.max() < 0.1
 
 
 def test_every_task_and_feature_has_a_warp_of_its_own() -> None:
