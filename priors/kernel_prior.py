@@ -403,15 +403,21 @@ def check_hyperparameters(prior: KernelPrior, positive: tuple[str, ...]) -> None
 def cholesky(covariance: Tensor, diagonal: Tensor) -> Tensor:
     """Lower factors of covariance + diagonal I; the diagonal grows only for matrices that fail.
 
+    A matrix that is not finite, as of hyperparameters that overflow, has a factor of NaN.
+
     Args:
         covariance: (task, n, n).
         diagonal: (task,), added to the diagonal; tenfold at each retry where a task failed.
     """
     factor, failed = torch.linalg.cholesky_ex(_on_diagonal(covariance, diagonal))
+    if not failed.any():
+        return factor
+    is_finite = covariance.isfinite().all(-1).all(-1) & diagonal.isfinite()
+    factor[~is_finite] = math.nan
     for _ in range(8):
-        if not failed.any():
+        bad = (failed > 0) & is_finite
+        if not bad.any():
             return factor
-        bad = failed > 0
         diagonal = torch.where(bad, 10 * diagonal, diagonal)
         grown = _on_diagonal(covariance[bad], diagonal[bad])
         factor[bad], failed[bad] = torch.linalg.cholesky_ex(grown)

@@ -423,7 +423,12 @@ def _by_smc(
     model: _Dense, hyper: Hyperpriors, seeds: tuple[int, ...], settings: Settings | None
 ) -> _Nodes:
     def log_likelihood(t: Tensor) -> Tensor:
-        return model.log_likelihood(hyper.values(t))
+        try:
+            return model.log_likelihood(hyper.values(t))
+        except RuntimeError:  # a proposal far out, whose covariance no diagonal mends
+            if len(t) == 1:
+                return t.new_full((1,), -math.inf)
+            return torch.cat([log_likelihood(half) for half in t.chunk(2)])
 
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     generator = torch.Generator().manual_seed(seed)
