@@ -29,6 +29,7 @@ from rich.table import Table
 from pfn.recipe import processor
 
 RESULTS = Path(__file__).parent / "results"
+RECIPES = Path(__file__).parent.parent / "pretrained" / "recipes"
 LIBRARIES = ("torch", "numpy", "gpytorch", "botorch", "numpyro", "jax", "pfns")
 
 Row = Mapping[str, Any]

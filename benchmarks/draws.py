@@ -27,6 +27,7 @@ from speed import draw as draw_gpytorch
 from torch import Tensor, nn
 from torch.distributions import InverseGamma, Kumaraswamy, LogNormal
 
+from pfn.recipe import load_recipe
 from priors import (
     BNN,
     NNGP,
@@ -36,22 +37,13 @@ from priors import (
     Mixture,
     ScaleMixture,
     Warped,
-    from_pyro,
     hebo_plus,
 )
 
+PROGRAM = load_recipe(str(common.RECIPES / "pyro-lines.py"))
 BATCH, POINTS, FEATURES = 512, 128, 5
 SECONDS = 1.5  # of a loop, at least
 CURVES = 200  # in one call of their loop
-
-
-def lines(x: Tensor) -> None:
-    """A Pyro program: straight lines with random slopes and noise."""
-    slope = pyro.sample("slope", pyro.distributions.Normal(0.0, 1.0))
-    noise = pyro.sample("noise", pyro.distributions.LogNormal(-3.0, 0.5))
-    with pyro.plate("points", x.shape[-2]):
-        mean = slope * (x - 0.5).sum(-1)
-        pyro.sample("y", pyro.distributions.Normal(mean, noise.sqrt()))
 
 
 def loop_gp() -> Any:
@@ -116,7 +108,7 @@ def loop_curves() -> Any:
 def loop_pyro() -> Tensor:
     """The program under Pyro's trace."""
     x = torch.rand(POINTS, FEATURES)
-    return pyro.poutine.trace(lines).get_trace(x).nodes["y"]["value"]
+    return pyro.poutine.trace(PROGRAM.prior.model).get_trace(x).nodes["y"]["value"]
 
 
 class Contest(NamedTuple):
@@ -141,7 +133,7 @@ CONTESTS = {
     "Warped": Contest(Warped(GaussianProcess(ard=True)), "GPyTorch", loop_warped),
     "HEBO+": Contest(hebo_plus(), "GPyTorch", loop_warped),
     "Mixture": Contest(Mixture((GaussianProcess(), NNGP(), BNN()))),
-    "Pyro": Contest(from_pyro(lines), "Pyro", loop_pyro),
+    "Pyro": Contest(PROGRAM.prior, "Pyro", loop_pyro),
 }
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import common  # before torch
-import pyro
 import safetensors.torch
 import torch
 import typer
 from torch import Tensor
 from torch.distributions import Distribution, HalfCauchy, InverseGamma, LogNormal, Normal
 
+from pfn.recipe import load_recipe
 from pfn.simulation import Simulated, judge, simulate
 from priors import (
     BNN,
@@ -34,23 +34,12 @@ from priors import (
     Mixture,
     ScaleMixture,
     Warped,
-    from_pyro,
     hebo_plus,
     to_config,
 )
 
+PROGRAM = load_recipe(str(common.RECIPES / "pyro-lines.py"))
 GROUP = 20  # tasks that one process simulates at a time
-
-
-def lines(x: Tensor) -> None:
-    """A Pyro program: straight lines, whose slopes share a scale, with noise."""
-    scale = pyro.sample("scale", pyro.distributions.HalfNormal(1.0))
-    noise = pyro.sample("noise", pyro.distributions.LogNormal(-3.0, 0.5))
-    slope = pyro.sample("slope", pyro.distributions.Normal(0.0, scale))
-    offset = pyro.sample("offset", pyro.distributions.Normal(0.0, 1.0))
-    with pyro.plate("points", x.shape[-2]):
-        mean = offset + slope * (x - 0.5).sum(-1)
-        pyro.sample("y", pyro.distributions.Normal(mean, noise.sqrt()))
 
 
 class Case(NamedTuple):
@@ -90,7 +79,7 @@ CASES = {
     "domhan": Case(
         LearningCurves.domhan(20), "sequential Monte Carlo", 8, 1, {"particles": 800}, 100
     ),
-    "Pyro": Case(from_pyro(lines), "NUTS", 6, 1, tasks=20),
+    "Pyro": Case(PROGRAM.prior, "NUTS", 6, 1, tasks=20),
     "GaussianProcess, random mean": Case(
         GaussianProcess(
             lengthscale=0.3, mean=Normal(0.0, 2.0), noise=LogNormal(-3.0, 1.0), outputscale=1.0

@@ -5,13 +5,12 @@ Everything behind this module may assume float64 tensors of matching shapes with
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from priors.context import check_finite, column_names, order_columns, to_tensor
 
 
 class Context(NamedTuple):
@@ -38,7 +37,7 @@ def check_context(context: Any) -> Context:
             f"Expected context = (x, y), a pair; got {type(context).__name__}"
             + (f" of length {len(context)}." if hasattr(context, "__len__") else ".")
         )
-    columns = _columns(context[0])
+    columns = column_names(context[0])
     x, y = to_tensor(context[0], "context x"), to_tensor(context[1], "context y")
     if x.ndim == 1:
         x = x.unsqueeze(-1)
@@ -68,14 +67,8 @@ def check_query(x_query: Any, context: Context) -> tuple[Tensor, torch.dtype]:
     Raises:
         ValueError: naming what the query was and what the context lets expect.
     """
-    x, names = to_tensor(x_query, "query x"), _columns(x_query)
-    if names is not None and context.columns is not None and names != context.columns:
-        if sorted(names) != sorted(context.columns) or len(set(names)) < len(names):
-            raise ValueError(
-                f"Expected query columns {list(context.columns)} as in the context, in any order if"
-                f" no name repeats; got {list(names)}."
-            )
-        x = x[:, [names.index(name) for name in context.columns]]
+    x = to_tensor(x_query, "query x")
+    x = order_columns(x, column_names(x_query), context.columns)
     dtype = x.dtype if x.is_floating_point() else torch.float32
     d = context.x.shape[-1]
     if x.ndim == 1:
@@ -95,59 +88,3 @@ def check_query(x_query: Any, context: Context) -> tuple[Tensor, torch.dtype]:
         )
     check_finite(x, "query x")
     return (x if context.batched else x.unsqueeze(0)).double(), dtype
-
-
-def to_tensor(value: Any, label: str) -> Tensor:
-    """A real tensor of `value`: a tensor as it is, anything else as a copy of its values."""
-    if isinstance(value, Tensor):
-        if value.is_complex():
-            raise ValueError(f"Expected {label} with real numbers; got {value.dtype}.")
-        return value
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"Expected {label} as a rectangular array; got ragged rows or no array ({error})."
-        ) from error
-    if array.dtype.kind == "O":
-        array = _from_objects(array, label)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(
-            f"Expected {label} with numbers only; got values of type {array.dtype}. Encode"
-            " categories and dates as numbers first."
-        )
-    too_wide = array.dtype.itemsize > 8  # long double, which torch does not know
-    dtype = np.dtype(np.float64) if too_wide else array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
-
-
-def check_finite(tensor: Tensor, label: str) -> None:
-    """Raises ValueError with the count and first place of NaN or infinity."""
-    if math.isfinite(tensor.sum().item()):  # which may overflow where all are finite
-        return
-    bad = ~torch.isfinite(tensor)
-    if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
-            f"Expected finite {label}; got {int(bad.sum())} NaN or infinite values, the first at"
-            f" index {first}. Drop or impute those rows."
-        )
-
-
-def _from_objects(array: NDArray[Any], label: str) -> NDArray[Any]:
-    """Floats from Python objects; text is refused even where it spells a number."""
-    try:
-        if any(isinstance(item, str | bytes) for item in array.flat):
-            raise TypeError("text")
-        return array.astype(np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"Expected {label} with numbers only, none missing; got Python objects in an array of"
-            f" shape {array.shape} ({error}). Encode categories as numbers first."
-        ) from None
-
-
-def _columns(value: Any) -> tuple[str, ...] | None:
-    """Column names of a data frame of any library, else None."""
-    columns = getattr(value, "columns", None)
-    return None if columns is None or isinstance(value, Tensor) else tuple(map(str, columns))

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, LogNormal, MixtureSameFamily, Normal
 
 from pfn.card import ModelCard
-from pfn.data import Context, check_context, check_finite, check_query, to_tensor
+from pfn.data import Context, check_context, check_query
 from pfn.predictive import Predictive
 from pfn.transformer import Encoded, Final, Latent, Mixture, Scaling, Seen, Transformer
 from pfn.units import FromContext, Units, context_units, prior_units
 from priors import Prior
+from priors.context import check_finite, to_tensor
 
 CHUNK = 2**20  # numbers that a pass keeps for each expert: bounds memory for a million queries
 MATRICES = 2**22  # entries that a pass has in each expert's matrices: bounds memory for many tasks

@@ -21,7 +21,7 @@ from torch.distributions import Distribution, LogNormal
 from priors.draws import draw, draw_normal
 from priors.flows import WeightFlow
 from priors.inputs import DESIGNS, draw_inputs, standardise_inputs
-from priors.kernel_prior import JITTER, draw_prefixes
+from priors.kernel_prior import JITTER, Hyperparameter, draw_prefixes
 from priors.tasks import ConditionalTasks, Tasks
 
 if TYPE_CHECKING:
@@ -103,16 +103,16 @@ class BNN:
                 f"{self.width}."
             )
         for name in ("weight_variance", "bias_variance"):
-            values = self.variances(name)
+            values = self.layer_variances(name)
             if len(values) != self.depth + 1:
                 raise ValueError(
                     f"Expected one {name} for each of {self.depth + 1} layers; got {len(values)}."
                 )
-        for name, value in self.hyperparameters.items():
-            if isinstance(value, Distribution) or value > 0:
+        for h in self.hyperparameters(1):
+            if isinstance(h.value, Distribution) or h.value > 0:
                 continue
-            if not (name.startswith("bias") and value == 0):
-                raise ValueError(f"Expected a positive {name}; got {value}.")
+            if not (h.name.startswith("bias") and h.value == 0):
+                raise ValueError(f"Expected a positive {h.name}; got {h.value}.")
         if self.flow and [f.dim for f in self.flow[1:]] != [1 + self.width] * (self.depth - 1):
             raise ValueError(
                 f"Expected a flow for each of {self.depth} hidden layers, of {1 + self.width} "
@@ -126,29 +126,24 @@ class BNN:
     def designs(self) -> tuple[str, ...]:
         return (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
 
-    def variances(self, name: str) -> tuple[Variance, ...]:
+    def layer_variances(self, name: str) -> tuple[Variance, ...]:
         """The "weight_variance" or "bias_variance" of each layer, the readout's last."""
         value = getattr(self, name)
         return tuple(value) if isinstance(value, tuple | list) else (value,) * (self.depth + 1)
 
-    @property
-    def hyperparameters(self) -> dict[str, Variance]:
-        """All variances by the names of their latents."""
-        layers = {
-            f"{name}_{layer}": value
+    def hyperparameters(self, d: int) -> tuple[Hyperparameter, ...]:
+        """The variances of weights and biases by layer, and the noise; the same for any d."""
+        layers = [
+            Hyperparameter(f"{name}_{layer}", value, "y^2" if layer > self.depth else "")
             for name in ("weight_variance", "bias_variance")
-            for layer, value in enumerate(self.variances(name), 1)
-        }
-        return layers | {"noise": self.noise}
+            for layer, value in enumerate(self.layer_variances(name), 1)
+        ]
+        return (*layers, Hyperparameter("noise", self.noise, "y^2"))
 
     @property
     def latent_units(self) -> dict[str, str]:
         """How each latent scales with the data: as "y^2", or not at all ("")."""
-        readout = f"_{self.depth + 1}"
-        return {
-            name: "y^2" if name == "noise" or name.endswith(readout) else ""
-            for name in self.hyperparameters
-        }
+        return {h.name: h.unit for h in self.hyperparameters(1)}
 
     def posterior_is_quick(self, d: int) -> bool:
         """No: it takes NUTS."""
@@ -165,7 +160,7 @@ class BNN:
         f = self._functions_in_single_precision(parameters, x)
         noise = draw_normal(batch, n, generator=generator)
         y = f + parameters.noise.sqrt().unsqueeze(-1) * noise
-        return Tasks(x, y, f, self.report(parameters))
+        return Tasks(x, y, f, self.report_latents(parameters))
 
     def sample_conditional(
         self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
@@ -198,7 +193,7 @@ class BNN:
             mean=drawn.mean,
             variance=drawn.variance,
             noise=parameters.noise,
-            latents=self.report(parameters),
+            latents=self.report_latents(parameters),
         )
 
     def posterior(
@@ -260,7 +255,9 @@ class BNN:
             for fan_in, fan_out in self.shapes(d)
         )
         weight_variance, bias_variance = (
-            torch.stack([draw(v, (batch,), generator=generator) for v in self.variances(name)], -1)
+            torch.stack(
+                [draw(v, (batch,), generator=generator) for v in self.layer_variances(name)], -1
+            )
             for name in ("weight_variance", "bias_variance")
         )
         noise = draw(self.noise, (batch,), generator=generator)
@@ -296,12 +293,12 @@ class BNN:
     def all_latents(self, parameters: Parameters) -> dict[str, Tensor]:
         """All variances by name, each (task,)."""
         columns = [*parameters.weight_variance.mT, *parameters.bias_variance.mT, parameters.noise]
-        return dict(zip(self.hyperparameters, columns, strict=True))
+        return {h.name: v for h, v in zip(self.hyperparameters(1), columns, strict=True)}
 
-    def report(self, parameters: Parameters) -> dict[str, Tensor]:
+    def report_latents(self, parameters: Parameters) -> dict[str, Tensor]:
         """The variances that differ between tasks."""
-        latents, priors = self.all_latents(parameters), self.hyperparameters
-        return {name: v for name, v in latents.items() if isinstance(priors[name], Distribution)}
+        random = {h.name for h in self.hyperparameters(1) if isinstance(h.value, Distribution)}
+        return {name: v for name, v in self.all_latents(parameters).items() if name in random}
 
     @torch.no_grad()
     def _functions_in_single_precision(self, parameters: Parameters, x: Tensor) -> Tensor:

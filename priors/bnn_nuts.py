@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions
 import torch
-from numpyro.infer.hmc import hmc
 from torch import Tensor
 
 from priors import nuts  # imported before JAX starts: it says how many threads to use
@@ -80,7 +79,7 @@ def sample_nuts(
         inputs: (point, dim), standardised.
         y: (point,).
     """
-    network = Network(activation, shapes, nuts._specification(hyper))
+    network = Network(activation, shapes, nuts.specify(hyper))
     with jax.enable_x64(True):
         run = _sampler(network, settings)
         out = run(task_data(flow, inputs, y, hyper), jax.random.key(seed))
@@ -110,7 +109,7 @@ def task_data(
 
 def potential_energy(network: Network) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
     """-log p(weights, t, y | x) up to a constant, at the position (dim,) of both one by one."""
-    priors = [nuts._to_numpyro(json.loads(config)) for _, config, _ in network.coordinates]
+    priors = [nuts.to_numpyro(json.loads(config)) for _, config, _ in network.coordinates]
     ends = np.cumsum(network.sizes)
     activation = ACTIVATIONS[network.activation]
     readout = len(network.shapes)
@@ -185,28 +184,6 @@ def _linear_evidence(
 
 
 @functools.lru_cache(maxsize=32)
-def _sampler(
-    network: Network, settings: nuts.Settings
-) -> Callable[[dict[str, Any], jax.Array], tuple[jax.Array, ...]]:
-    """A jitted map from (data, key) to the draws, divergences and leapfrogs of all chains."""
-    potential = potential_energy(network)
+def _sampler(network: Network, settings: nuts.Settings) -> nuts.Sampler:
     dim = sum(network.sizes) + sum(size for _, _, size in network.coordinates)
-
-    def chain(data: dict[str, Any], key: jax.Array) -> tuple[jax.Array, ...]:
-        start_key, key = jax.random.split(key)
-        start = jax.random.normal(start_key, (dim,))
-        init, step = hmc(functools.partial(potential, data), algo="NUTS")
-        state = init(start, settings.warmup, target_accept_prob=settings.target_accept, rng_key=key)
-        state = jax.lax.fori_loop(0, settings.warmup, lambda _, state: step(state), state)
-
-        def draw(state: Any, _: None) -> tuple[Any, tuple[jax.Array, ...]]:
-            state = step(state)
-            return state, (state.z, state.diverging, state.num_steps)
-
-        return jax.lax.scan(draw, state, length=settings.draws)[1]
-
-    def chains(data: dict[str, Any], key: jax.Array) -> tuple[jax.Array, ...]:
-        keys = jax.random.split(key, settings.chains)
-        return jax.lax.map(functools.partial(chain, data), keys)
-
-    return jax.jit(chains)
+    return nuts.compile_chains(potential_energy(network), dim, settings, spread=1.0)

@@ -26,19 +26,17 @@ from torch.distributions import (
 )
 
 from priors.bnn import BNN, Parameters
-from priors.context import Context, as_tensor, read_context
-from priors.hyperpriors import Coordinate, Hyperpriors, _standardise
+from priors.context import Context, read_context
+from priors.hyperpriors import Hyperpriors, hyperpriors
 from priors.inputs import standardise_inputs
 from priors.kernel_prior import JITTER, cholesky
-from priors.reference import Marginal, NutsPosterior
+from priors.reference import CHUNK, JOINT_ENTRIES, Marginal, NutsPosterior, read_given
 
 if TYPE_CHECKING:
     from priors.nuts import Settings
 
 CHAINS, DRAWS = 4, 400  # after as many for warm-up
 PRIOR_DRAWS = 2000  # in each of as many chains, where there are no observations: they are cheap
-JOINT_ENTRIES = 2**26  # in the covariance matrices of a joint posterior: its nodes are limited
-CHUNK = 2**18  # entries of the matrices of some nodes at once: what a cache holds
 
 
 class Diagnostics(NamedTuple):
@@ -103,7 +101,7 @@ def latent_posterior(
     nodes, data = _infer(prior, context, None, given, seed, None)
     if data.batched:
         raise ValueError("Expected one task, x of shape (n, d) or (n,); got a batch of tasks.")
-    latents = prior.report(nodes[0].parameters)
+    latents = prior.report_latents(nodes[0].parameters)
     return {
         name: Marginal(value, torch.full_like(value, 1 / len(value)), value, value)
         for name, value in latents.items()
@@ -152,26 +150,15 @@ def _infer(
 ) -> tuple[list[_Nodes], Context]:
     """Posterior draws of every task, and the tasks."""
     data = read_context(context, x_query)
-    known = _given(prior, given or {}, len(data.x))
+    hyperparameters = prior.hyperparameters(data.x.shape[-1])
+    known = read_given(hyperparameters, given or {}, len(data.x), {})
     nodes = []
     for i, (x, y) in enumerate(zip(data.x, data.y, strict=True)):
-        hyper = hyperpriors(prior, {name: value[i] for name, value in known.items()})
+        hyper = hyperpriors(hyperparameters, {name: value[i] for name, value in known.items()})
         own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
         by = _by_nuts(prior, x, y, hyper, own_seed, settings) if len(y) else None
         nodes.append(by or _by_prior(prior, x.shape[-1], hyper, own_seed))
     return nodes, data
-
-
-def hyperpriors(prior: BNN, given: Mapping[str, Tensor]) -> Hyperpriors:
-    """The variances that are random and those that are numbers or `given`, () each."""
-    coordinates, known = [], {}
-    for name, value in prior.hyperparameters.items():
-        if name in given or not isinstance(value, Distribution):
-            known[name] = torch.as_tensor(given.get(name, value), dtype=torch.float64)
-        else:
-            location, scale = _standardise(value)
-            coordinates.append(Coordinate(name, value, location, scale, 1.0, (), math.inf))
-    return Hyperpriors(tuple(coordinates), known, 0.0)
 
 
 def _by_nuts(
@@ -285,18 +272,3 @@ def _distribution(
     mixture = Categorical(logits=torch.zeros_like(mean))
     no_error = torch.zeros(*mean.shape[:-2], 1, dtype=torch.float64)  # one prior: no weights to err
     return NutsPosterior(mixture, Normal(mean, spread), chains, no_error)
-
-
-def _given(prior: BNN, given: Mapping[str, Any], batch: int) -> dict[str, Tensor]:
-    """Known variances of every task, (b,)."""
-    known = {}
-    for name, value in given.items():
-        if name not in prior.hyperparameters:
-            raise ValueError(
-                f"Expected given latents among {list(prior.hyperparameters)}; got {name!r}."
-            )
-        value = as_tensor(name, value)
-        if value.shape not in ((), (1,), (batch,)) or not (value > 0).all():
-            raise ValueError(f"Expected a positive {name}, () or ({batch},); got {value.tolist()}.")
-        known[name] = value.expand(batch)
-    return known

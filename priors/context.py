@@ -1,11 +1,13 @@
 """Contexts and queries as people pass them, checked and brought to one shape.
 
 Every `posterior` and `log_evidence` reads its arguments here, so that all priors accept the same
-(arrays, tensors, lists; one task or a batch; (n,) where d = 1) and complain in the same words.
+(arrays, tensors, lists, data frames; one task or a batch; (n,) where d = 1) and complain in the
+same words. Networks read theirs in `pfn/data.py`, by the same rules for single arrays, below.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,9 +41,11 @@ def read_context(context: tuple[Any, Any], x_query: Any | None = None) -> Contex
     x, y = (as_tensor(name, value).detach() for name, value in zip("xy", context, strict=True))
     if x.dim() == 0:
         raise ValueError("Expected x of shape (n, d), (b, n, d) or (n,); got a single number.")
-    query = None if x_query is None else as_tensor("x_query", _match_columns(x_query, context[0]))
+    query = None if x_query is None else as_tensor("x_query", x_query)
     if query is not None and query.dim() == 0:
         raise ValueError("Expected x_query of shape (m, d) or (m,); got a single number.")
+    if query is not None:
+        query = order_columns(query, column_names(x_query), column_names(context[0]))
     if query is None:
         query = x[..., :0] if x.dim() == 1 else x[..., :0, :]
     query = query.unsqueeze(-1) if query.dim() == 1 else query
@@ -64,43 +68,82 @@ def read_context(context: tuple[Any, Any], x_query: Any | None = None) -> Contex
     return Context(x.unsqueeze(0), y.unsqueeze(0), query.unsqueeze(0), batched=False)
 
 
-def as_tensor(name: str, value: Any) -> Tensor:
-    """`value` in float64 on the CPU.
-
-    Raises:
-        ValueError: if it is not numeric, or holds NaN or infinity.
-    """
-    try:
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(_as_array(value))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Expected numeric {name} in a rectangular array; got {error}.") from error
-    if tensor.is_complex():
-        raise ValueError(f"Expected real numbers in {name}; got {tensor.dtype}.")
-    tensor = tensor.to("cpu", torch.float64)
-    if not tensor.isfinite().all():
-        raise ValueError(f"Expected finite {name}; got NaN or infinity.")
+def as_tensor(label: str, value: Any) -> Tensor:
+    """`value` in float64 on the CPU, finite and real; see `to_tensor` and `check_finite`."""
+    tensor = to_tensor(value, label).to("cpu", torch.float64)
+    check_finite(tensor, label)
     return tensor
 
 
-def _as_array(value: Any) -> NDArray[np.float64]:
-    """A copy of its numbers, whatever the strides, byte order or flags of `value`."""
-    array = np.asarray(value)
-    if array.dtype.kind == "O" and not any(isinstance(v, str | bytes) for v in array.flat):
-        array = array.astype(np.float64)  # integers, booleans and floats of a frame's columns
-    if value is None or array.dtype.kind not in "fiub":
-        raise TypeError(f"{type(value).__name__} of {array.dtype}")
-    return np.array(array, dtype=np.float64, order="C")
-
-
-def _match_columns(x_query: Any, x: Any) -> Any:
-    """A data frame of queries with its columns in the order of those of x; others as they are."""
-    wanted, found = getattr(x, "columns", None), getattr(x_query, "columns", None)
-    if wanted is None or found is None or list(wanted) == list(found):
-        return x_query
-    missing = [name for name in wanted if name not in list(found)]
-    if missing or len(set(found)) < len(found) or len(found) != len(wanted):
+def to_tensor(value: Any, label: str) -> Tensor:
+    """A real tensor of `value`: a tensor as it is, anything else as a copy of its values."""
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise ValueError(f"Expected {label} with real numbers; got {value.dtype}.")
+        return value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"Expected columns {list(wanted)} in x_query, as in x; got {list(found)}"
-            + (f", without {missing}." if missing else ".")
+            f"Expected {label} as a rectangular array; got ragged rows or no array ({error})."
+        ) from error
+    if array.dtype.kind == "O":
+        array = _from_objects(array, label)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"Expected {label} with numbers only; got values of type {array.dtype}. Encode"
+            " categories and dates as numbers first."
         )
-    return x_query[list(wanted)]
+    too_wide = array.dtype.itemsize > 8  # long double, which torch does not know
+    dtype = np.dtype(np.float64) if too_wide else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+
+
+def check_finite(tensor: Tensor, label: str) -> None:
+    """Raises ValueError with the count and first place of NaN or infinity."""
+    if math.isfinite(tensor.sum().item()):  # which may overflow where all are finite
+        return
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"Expected finite {label}; got {int(bad.sum())} NaN or infinite values, the first at"
+            f" index {first}. Drop or impute those rows."
+        )
+
+
+def _from_objects(array: NDArray[Any], label: str) -> NDArray[Any]:
+    """Floats from Python objects; text is refused even where it spells a number."""
+    try:
+        if any(isinstance(item, str | bytes) for item in array.flat):
+            raise TypeError("text")
+        return array.astype(np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"Expected {label} with numbers only, none missing; got Python objects in an array of"
+            f" shape {array.shape} ({error}). Encode categories as numbers first."
+        ) from None
+
+
+def column_names(value: Any) -> tuple[str, ...] | None:
+    """Column names of a data frame of any library, else None."""
+    columns = getattr(value, "columns", None)
+    return None if columns is None or isinstance(value, Tensor) else tuple(map(str, columns))
+
+
+def order_columns(
+    x: Tensor, names: tuple[str, ...] | None, wanted: tuple[str, ...] | None
+) -> Tensor:
+    """Queries x (m, d) with columns `names` in the order of the context's, where both have names.
+
+    Raises:
+        ValueError: if the names are others than the context's.
+    """
+    if names is None or wanted is None or names == wanted:
+        return x
+    if sorted(names) != sorted(wanted) or len(set(names)) < len(names):
+        raise ValueError(
+            f"Expected query columns {list(wanted)} as in the context, in any order if no name"
+            f" repeats; got {list(names)}."
+        )
+    return x[:, [names.index(name) for name in wanted]]

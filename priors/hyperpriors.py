@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch.distributions.transforms import Transform
 from priors.draws import draw
 
 if TYPE_CHECKING:
-    from priors.kernel_prior import KernelPrior
+    from priors.kernel_prior import Hyperparameter
 
 
 class Coordinate(NamedTuple):
@@ -88,15 +88,19 @@ class Hyperpriors(NamedTuple):
         return parts
 
 
-def hyperpriors(prior: KernelPrior, d: int, given: Mapping[str, Tensor]) -> Hyperpriors:
-    """The hyperpriors of one task with `d` features, where `given` are known to the user.
+def hyperpriors(
+    hyperparameters: Sequence[Hyperparameter], given: Mapping[str, Tensor]
+) -> Hyperpriors:
+    """The hyperpriors of one task, where `given` are known to the user.
 
     Args:
-        given: name -> tensor () or, for one hyperparameter per feature, (d,); also the index of the
-            alternative, by the name in `KernelPrior.choice`.
+        given: name -> tensor () or, for one hyperparameter per feature, (d,); also the indices of
+            alternatives, which are kept as they are.
     """
-    coordinates, known, mean_variance = [], {}, 0.0
-    for name, value, _, shape, factor, spacing in prior.hyperparameters(d):
+    coordinates, mean_variance = [], 0.0
+    names = {h.name for h in hyperparameters}
+    known = {name: v.to(torch.float64) for name, v in given.items() if name not in names}
+    for name, value, _, shape, factor, spacing in hyperparameters:
         if name in given:
             known[name] = given[name].to(torch.float64).expand(shape)
         elif not isinstance(value, Distribution):
@@ -108,8 +112,6 @@ def hyperpriors(prior: KernelPrior, d: int, given: Mapping[str, Tensor]) -> Hype
             value = _in_float64(value)
             location, scale = _standardise(value)
             coordinates.append(Coordinate(name, value, location, scale, factor, shape, spacing))
-    if prior.choice in given:
-        known[prior.choice] = given[prior.choice].to(torch.float64)
     return Hyperpriors(tuple(coordinates), known, mean_variance)
 
 

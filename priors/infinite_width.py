@@ -57,11 +57,10 @@ def nngp(
     phi = _activation(activation)
 
     def kernel(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        q12, q11, q22 = _inputs(x, z, weight, bias)
+        q = _inputs(x, z, weight, bias)
         for _ in range(depth):
-            q12 = torch.addcmul(bias, weight, phi.dual(q12, q11, q22))
-            q11, q22 = (torch.addcmul(bias, weight, phi.square(q)) for q in (q11, q22))
-        return q12
+            q = _next(phi, q, weight, bias)
+        return q.between
 
     return _in_pieces(kernel, x, z, _per_task(weight_variance, x), _per_task(bias_variance, x))
 
@@ -102,14 +101,13 @@ def network_kernels(
     """
     phi = _activation(activation)
     weight, bias = (_per_task(value, x) for value in (weight_variance, bias_variance))
-    q12, q11, q22 = _inputs(x, z, weight, bias)
-    tangent = q12
+    q = _inputs(x, z, weight, bias)
+    tangent = q.between
     for _ in range(depth):
-        inner = weight * phi.slope_dual(q12, q11, q22) * tangent
-        q12 = torch.addcmul(bias, weight, phi.dual(q12, q11, q22))
-        q11, q22 = (torch.addcmul(bias, weight, phi.square(q)) for q in (q11, q22))
-        tangent = q12 + inner
-    return NetworkKernels(q12, tangent)
+        inner = weight * phi.slope_dual(*q) * tangent
+        q = _next(phi, q, weight, bias)
+        tangent = q.between + inner
+    return NetworkKernels(q.between, tangent)
 
 
 def ntk(
@@ -176,10 +174,24 @@ def _in_pieces(kernel: Callable[..., Tensor], x: Tensor, z: Tensor, *per_task: T
     return torch.cat([kernel(*piece) for piece in pieces]).unflatten(0, batch)
 
 
-def _inputs(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance (..., n, m) of the first layer, and its variances (..., n, 1) and (..., 1, m)."""
-    q12 = torch.addcmul(bias, weight, x @ z.mT / x.shape[-1])
-    return q12, _variance(x, weight, bias), _variance(z, weight, bias).mT
+class _Layer(NamedTuple):
+    """Second moments of what enters the activations of a layer at x and z."""
+
+    between: Tensor  # (..., n, m)
+    of_x: Tensor  # (..., n, 1)
+    of_z: Tensor  # (..., 1, m)
+
+
+def _inputs(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> _Layer:
+    """The first layer."""
+    between = torch.addcmul(bias, weight, x @ z.mT / x.shape[-1])
+    return _Layer(between, _variance(x, weight, bias), _variance(z, weight, bias).mT)
+
+
+def _next(phi: Activation, q: _Layer, weight: Tensor, bias: Tensor) -> _Layer:
+    """The layer after q."""
+    moments = phi.dual(*q), phi.square(q.of_x), phi.square(q.of_z)
+    return _Layer(*(torch.addcmul(bias, weight, moment) for moment in moments))
 
 
 def _variance(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

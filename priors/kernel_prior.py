@@ -121,7 +121,7 @@ class KernelPrior(abc.ABC):
         """Whether `posterior` of a task with d features takes about a second: a small lattice."""
         from priors.hyperpriors import hyperpriors  # on demand: both are built on this module
 
-        return hyperpriors(self, d, {}).dim <= min(3, self.quadrature_limit)
+        return hyperpriors(self.hyperparameters(d), {}).dim <= min(3, self.quadrature_limit)
 
     def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
         """`batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
@@ -136,7 +136,7 @@ class KernelPrior(abc.ABC):
             drawn.append(normal.mT @ factor.mT)  # as rows: LAPACK's factors are column-major
         f = theta["mean"].unsqueeze(-1) + signal.sqrt() * torch.cat(drawn).squeeze(1)
         y = f + noise.sqrt() * draw_normal(batch, n, generator=generator)
-        return Tasks(x, y, f, self._report(theta, d))
+        return Tasks(x, y, f, self.report_latents(theta, d))
 
     def sample_conditional(
         self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
@@ -168,7 +168,7 @@ class KernelPrior(abc.ABC):
             mean=constant + drawn.mean,
             variance=drawn.variance,
             noise=noise,
-            latents=self._report(theta, d),
+            latents=self.report_latents(theta, d),
         )
 
     def posterior(
@@ -322,7 +322,7 @@ class KernelPrior(abc.ABC):
             )
         return theta
 
-    def _report(self, theta: dict[str, Tensor], d: int) -> dict[str, Tensor]:
+    def report_latents(self, theta: dict[str, Tensor], d: int) -> dict[str, Tensor]:
         """The latents that vary between tasks."""
         fixed = {h.name for h in self.hyperparameters(d) if not isinstance(h.value, Distribution)}
         return {name: value for name, value in theta.items() if name not in fixed}

@@ -88,7 +88,7 @@ class Linear(KernelPrior):
         f = (features(x) @ (deviations(theta, d).unsqueeze(-1) * weights)).squeeze(-1)
         noise = theta["noise"].sqrt().unsqueeze(-1)
         y = f + noise * draw_normal(batch, n, generator=generator)
-        return Tasks(x, y, f, self._report(theta, d))
+        return Tasks(x, y, f, self.report_latents(theta, d))
 
     def of_one_task(self, x: Tensor, y: Tensor, mean_variance: float) -> WeightSpace:
         """Likelihoods and predictions of one task for many hyperparameters, see `WeightSpace`."""

@@ -10,7 +10,8 @@ distances are in `wasserstein.py`, the networks in `bnn.py`, the flows in `flows
 Reference: Tran, Rossi, Milios and Filippone, All you need is a good functional prior for Bayesian
 deep learning, JMLR 23, 2022, arXiv 2011.12829, for the idea and sections 4.1 to 4.3 for the three
 priors; Sendera, Sorkhei and Kusmierczyk, arXiv 2410.15777, for the closed form in place of a
-critic.
+critic. Draws are compared by their energy distance, not by a critic or slices: its gradients are
+unbiased, and there is nothing to train.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ class _WeightPrior:
             sizes = [1 + fan_in for fan_in, _ in bnn.shapes(d)[:-1]]
             flows = tuple(identity_flow(size, generator=generator) for size in sizes)
         self.bnn, self.d = replace(bnn, flow=()), d
-        values = [*bnn.variances("weight_variance"), *bnn.variances("bias_variance")]
+        values = [*bnn.layer_variances("weight_variance"), *bnn.layer_variances("bias_variance")]
         centres, shapes = zip(*[_centre_and_shape(value) for value in values], strict=True)
         high = [math.log(largest)] * bnn.depth + [REACH]  # the readout's is the scale of f
         self.bounds = torch.tensor([[-REACH] * len(centres), high * 2], dtype=torch.float64)
@@ -440,7 +441,7 @@ def _network_moments(bnn: BNN, x: Tensor, *, generator: torch.Generator) -> tupl
         parameters = bnn.draw_parameters(POOL, x.shape[-1], generator=generator)
         basis = bnn.readout_basis(parameters, x.expand(POOL, *x.shape))
         return x.new_zeros(len(x)), torch.einsum("tni,tmi->nm", basis, basis) / POOL
-    values = bnn.variances("weight_variance") + bnn.variances("bias_variance")
+    values = bnn.layer_variances("weight_variance") + bnn.layer_variances("bias_variance")
     draws = HYPERPARAMETERS if any(isinstance(v, Distribution) for v in values) else 1
     variances = torch.stack([draw(v, (draws,), generator=generator) for v in values], -1)
     total = x.new_zeros(len(x), len(x))

@@ -84,7 +84,7 @@ def sample_nuts(
         ValueError: a hyperprior that is not in `priors.config.DISTRIBUTIONS`.
     """
     with jax.enable_x64(True):
-        run = _sampler(_specification(hyper), settings)
+        run = _sampler(specify(hyper), settings)
         out = run(_data(kernel, x, y, hyper), jax.random.key(seed))
         t, divergent, leapfrogs = (torch.from_numpy(np.array(part)) for part in out)
     return Draws(t, divergent, leapfrogs)
@@ -129,7 +129,7 @@ _PROFILES: dict[str, Callable[[jax.Array], jax.Array]] = {
 Specification = tuple[tuple[str, str, int], ...]  # name, prior as JSON and size of coordinates
 
 
-def _specification(hyper: Hyperpriors) -> Specification:
+def specify(hyper: Hyperpriors) -> Specification:
     """What the sampler is compiled for; all else about the hyperpriors is data."""
     return tuple(
         (c.name, json.dumps(to_config(c.prior)), math.prod(c.shape)) for c in hyper.coordinates
@@ -152,7 +152,7 @@ def _data(kernel: str, x: Tensor, y: Tensor, hyper: Hyperpriors) -> dict[str, An
 def _potential(coordinates: Specification) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
     """-log p(t, y | x) up to a constant, as a function of `_data` and coordinates t (dim,)."""
     names = [name for name, _, _ in coordinates]
-    priors = [_to_numpyro(json.loads(config)) for _, config, _ in coordinates]
+    priors = [to_numpyro(json.loads(config)) for _, config, _ in coordinates]
     ends = np.cumsum([size for _, _, size in coordinates])
 
     def potential(data: dict[str, Any], t: jax.Array) -> jax.Array:
@@ -179,23 +179,38 @@ def _potential(coordinates: Specification) -> Callable[[dict[str, Any], jax.Arra
     return potential
 
 
-def _to_numpyro(config: dict[str, Any]) -> numpyro.distributions.Distribution:
+def to_numpyro(config: dict[str, Any]) -> numpyro.distributions.Distribution:
     parameters = {k: v for k, v in config.items() if k not in ("distribution", "dtype")}
     parameters = {k: np.asarray(v, dtype=np.float64) for k, v in parameters.items()}
     return getattr(numpyro.distributions, config["distribution"])(**parameters)
 
 
+Sampler = Callable[[dict[str, Any], jax.Array], tuple[jax.Array, ...]]
+
+
 @functools.lru_cache(maxsize=32)
-def _sampler(
-    coordinates: Specification, settings: Settings
-) -> Callable[[dict[str, Any], jax.Array], tuple[jax.Array, ...]]:
-    """A jitted map from (data, key) to the draws, divergences and leapfrogs of all chains."""
-    potential = _potential(coordinates)
+def _sampler(coordinates: Specification, settings: Settings) -> Sampler:
     dim = sum(size for _, _, size in coordinates)
+    return compile_chains(_potential(coordinates), dim, settings, spread=0.5)
+
+
+def compile_chains(
+    potential: Callable[[dict[str, Any], jax.Array], jax.Array],
+    dim: int,
+    settings: Settings,
+    *,
+    spread: float,
+) -> Sampler:
+    """A jitted map from (data, key) to the draws, divergences and leapfrogs of all chains.
+
+    Args:
+        potential: maps data and a point (dim,) to minus its log density, up to a constant.
+        spread: standard deviation of the normal points where chains start.
+    """
 
     def chain(data: dict[str, Any], key: jax.Array) -> tuple[jax.Array, ...]:
         start_key, key = jax.random.split(key)
-        start = 0.5 * jax.random.normal(start_key, (dim,))
+        start = spread * jax.random.normal(start_key, (dim,))
         init, step = hmc(functools.partial(potential, data), algo="NUTS")
         state = init(start, settings.warmup, target_accept_prob=settings.target_accept, rng_key=key)
         state = jax.lax.fori_loop(0, settings.warmup, lambda _, state: step(state), state)

@@ -170,7 +170,11 @@ class ParametricCurves:
     def log_evidence(
         self, context: tuple[Any, Any], *, particles: int = 8000, seed: int = 0
     ) -> Tensor:
-        """log p(y | x) in nats, () or (b,); see `posterior`."""
+        """log p(y | x) in nats, () or (b,); see `posterior`.
+
+        It is a Monte Carlo estimate: `infer` says how precise, about a tenth of a nat, several in
+        ten on curves of little noise.
+        """
         data = self._read(context, None)
         totals = torch.stack(
             [

@@ -330,7 +330,7 @@ def _parameters(
         again: Any = type(base)(**parameters, validate_args=False)
         again = Independent(again, events) if events else again
         if (again.batch_shape[1:], again.event_shape) != shapes:
-            raise NotImplementedError(f"{type(base).__name__} has no batch of this shape.")
+            raise ValueError(f"{type(base).__name__} has no batch of this shape.")
         return again
 
     return {name: getattr(base, name) for name in base.arg_constraints if is_own(name)}, rebuild

@@ -9,7 +9,7 @@ diagnostics of the second.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from torch.distributions import (
 from priors.context import as_tensor, read_context
 from priors.gp import GaussianProcess
 from priors.hyperpriors import Hyperpriors, hyperpriors
-from priors.kernel_prior import JITTER, KernelPrior, NodeModel, cholesky
+from priors.kernel_prior import JITTER, Hyperparameter, KernelPrior, NodeModel, cholesky
 from priors.quadrature import integrate, parities
 from priors.smc import SmcPosterior, sample_smc
 
@@ -356,7 +356,7 @@ def _infer(
         given = task.given
         if index is not None:
             given = given | {prior.choice: torch.tensor(index)}
-        hyper = hyperpriors(prior, task.x.shape[-1], given)
+        hyper = hyperpriors(prior.hyperparameters(task.x.shape[-1]), given)
         if method == "quadrature" or hyper.dim <= (0 if method else prior.quadrature_limit):
             part = _by_quadrature(prior, task, hyper, step)
         else:
@@ -526,18 +526,33 @@ def _tasks(
 ) -> tuple[list[_Task], bool]:
     """Checked tasks in float64 on the CPU, and whether they came as a batch."""
     x, y, query, batched = read_context(context, x_query)
-    latents = read_given(prior, given or {}, len(x), x.shape[-1])
+    latents = read_given(prior.hyperparameters(x.shape[-1]), given or {}, len(x), categories(prior))
     rows = ({name: value[i] for name, value in latents.items()} for i in range(len(x)))
     return [_Task(*row) for row in zip(x, y, query, rows, strict=True)], batched
 
 
+def categories(prior: KernelPrior) -> dict[str, int]:
+    """The latent that is an index, and of how many alternatives; none without a choice."""
+    count = len(prior.alternatives)
+    return {prior.choice: count} if count > 1 else {}
+
+
 def read_given(
-    prior: KernelPrior, given: Mapping[str, Any], batch: int, d: int
+    hyperparameters: Sequence[Hyperparameter],
+    given: Mapping[str, Any],
+    batch: int,
+    choices: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Known latents by task: (b,), or (b, d) for one lengthscale per feature."""
-    shapes = {h.name: (batch, *h.shape) for h in prior.hyperparameters(d)}
-    if len(prior.alternatives) > 1:
-        shapes[prior.choice] = (batch,)
+    """Known latents by task: (b,), or (b, d) where there is one for each feature.
+
+    Args:
+        choices: latents that are indices, and the number of alternatives of each.
+
+    Raises:
+        ValueError: latents that are unknown, of another shape, or impossible.
+    """
+    shapes = {h.name: (batch, *h.shape) for h in hyperparameters}
+    shapes |= dict.fromkeys(choices, (batch,))
     latents = {}
     for name, value in given.items():
         if name not in shapes:
@@ -550,10 +565,9 @@ def read_given(
                 f"Expected given {name} of a shape that broadcasts to {shapes[name]}; "
                 f"got {tuple(value.shape)}."
             ) from None
-        if name == prior.choice:
-            count = len(prior.alternatives)
-            if not all(index in range(count) for index in latents[name].tolist()):
-                raise ValueError(f"Expected a {name} index below {count}; got {value}.")
+        if name in choices:
+            if not all(index in range(choices[name]) for index in latents[name].tolist()):
+                raise ValueError(f"Expected a {name} index below {choices[name]}; got {value}.")
         elif name == "relevance" and not ((value == 0) | (value == 1)).all():
             raise ValueError(f"Expected a {name} of 0 or 1; got {value.tolist()}.")
         elif name not in ("mean", "relevance") and not (value > 0).all():

@@ -18,7 +18,7 @@ from torch.distributions import Distribution, InverseGamma, constraints
 
 from priors.context import Context, read_context
 from priors.kernel_prior import JITTER, Hyperparameter, KernelPrior, cholesky
-from priors.reference import read_given
+from priors.reference import categories, read_given
 from priors.student_t import MultivariateStudentT, StudentT, student_t_log_prob
 
 
@@ -176,7 +176,7 @@ class ScaleMixture(KernelPrior):
             return None
         tasks = read_context(context, x_query)
         batch, _, d = tasks.x.shape
-        known = read_given(self, given or {}, batch, d)
+        known = read_given(self.hyperparameters(d), given or {}, batch, categories(self))
         theta = {}
         for h in self.hyperparameters(d)[:-1]:
             if h.name in known:

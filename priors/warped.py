@@ -288,8 +288,8 @@ class WarpedKernel(KernelPrior):
             warps.append(Hyperparameter("relevance", Uniform(0.0, 1.0), "", (d,), spacing=0.3))
         return warps
 
-    def _report(self, theta: dict[str, Tensor], d: int) -> dict[str, Tensor]:
-        latents = super()._report(theta, d)
+    def report_latents(self, theta: dict[str, Tensor], d: int) -> dict[str, Tensor]:
+        latents = super().report_latents(theta, d)
         if self.irrelevant:
             latents["relevance"] = (latents["relevance"] > self.irrelevant).double()
         return latents

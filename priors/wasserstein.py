@@ -7,13 +7,12 @@ in the units of the function and compare across sets of points. `matching.py` mi
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from priors.draws import draw_normal
 
@@ -128,74 +127,3 @@ def energy_distance(f: Tensor, g: Tensor) -> Tensor:
 
 def _distances(f: Tensor, g: Tensor) -> Tensor:
     return torch.cdist(f, g, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-class Critic(nn.Module):
-    """A function of functions with a slope of about 1 at most, which tells two sets of draws apart.
-
-    By Kantorovich's duality the gap between its means over two distributions is at most their
-    1-Wasserstein distance, and equals it for the best critic. The slope is held by a penalty on
-    gradients at random mixtures of draws, one-sided: slopes below 1 are free.
-
-    Reference: Tran, Rossi, Milios and Filippone, JMLR 23, 2022, equations 13 and 15; Gulrajani et
-    al., NeurIPS 2017, for the penalty; Petzka, Fischer and Lukovnikov, ICLR 2018, one-sided.
-    """
-
-    def __init__(self, points: int, *, hidden: int = 200, generator: torch.Generator) -> None:
-        super().__init__()
-        sizes = [points, hidden, hidden, 1]
-        self.weights = nn.ParameterList(
-            draw_normal(1 + fan_in, fan_out, generator=generator) / math.sqrt(fan_in)
-            for fan_in, fan_out in itertools.pairwise(sizes)
-        )
-
-    def forward(self, f: Tensor) -> Tensor:
-        """A number per draw: (draw, point) -> (draw,)."""
-        for layer, weight in enumerate(self.weights):
-            f = weight[0] + (F.softplus(f) if layer else f) @ weight[1:]
-        return f.squeeze(-1)
-
-    def gap(self, f: Tensor, g: Tensor) -> Tensor:
-        """E_f[critic] - E_g[critic], a lower bound on the distance for a slope of 1 at most."""
-        return self(f).mean() - self(g).mean()
-
-    def penalty(self, f: Tensor, g: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Mean of max(0, slope - 1)^2 at points between draws."""
-        share = torch.rand(len(f), 1, dtype=f.dtype, device=generator.device, generator=generator)
-        between = (share * f + (1 - share) * g).detach().requires_grad_()
-        (slope,) = torch.autograd.grad(self(between).sum(), between, create_graph=True)
-        return (slope.norm(dim=-1) - 1).clamp_min(0).square().mean()
-
-
-def fit_critic(
-    f: Tensor,
-    g: Tensor,
-    *,
-    steps: int = 300,
-    batch: int = 256,
-    learning_rate: float = 3e-3,
-    penalty: float = 10.0,
-    generator: torch.Generator,
-) -> Critic:
-    """The critic that best tells draws `f` from draws `g`; judge it by its `gap` on fresh draws.
-
-    Args:
-        f: (draw, point).
-        g: (other draw, point).
-        batch: draws of each in a step, with replacement.
-    """
-    critic = Critic(f.shape[-1], generator=generator)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=learning_rate, betas=(0.5, 0.9))
-    for _ in range(steps):
-        some_f, some_g = (_choose(part.detach(), batch, generator=generator) for part in (f, g))
-        held = critic.penalty(some_f, some_g, generator=generator)
-        loss = penalty * held - critic.gap(some_f, some_g)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return critic
-
-
-def _choose(f: Tensor, count: int, *, generator: torch.Generator) -> Tensor:
-    index = torch.randint(len(f), (count,), device=generator.device, generator=generator)
-    return f[index]

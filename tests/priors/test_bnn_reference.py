@@ -43,9 +43,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def potential_energy(prior: BNN, x: Tensor, y: Tensor, position: Tensor) -> Tensor:
     """What NUTS descends, (node,)."""
-    hyper = hyperpriors(prior, {})
+    hyper = hyperpriors(prior.hyperparameters(1), {})
     shapes = tuple(prior.shapes(x.shape[-1]))
-    network = bnn_nuts.Network(prior.activation, shapes, nuts._specification(hyper))
+    network = bnn_nuts.Network(prior.activation, shapes, nuts.specify(hyper))
     with jax.enable_x64(True):
         flow = [part.couplings for part in prior.flow]
         data = bnn_nuts.task_data(flow, standardise_inputs(x), y, hyper)
@@ -55,14 +55,14 @@ def potential_energy(prior: BNN, x: Tensor, y: Tensor, position: Tensor) -> Tens
 
 def dimension(prior: BNN, d: int) -> int:
     weights = sum((1 + fan_in) * fan_out for fan_in, fan_out in prior.shapes(d)[:-1])
-    return weights + hyperpriors(prior, {}).dim
+    return weights + hyperpriors(prior.hyperparameters(1), {}).dim
 
 
 def model(prior: BNN, x: np.ndarray, y: np.ndarray) -> None:
     """The prior and the likelihood of observations, with weights that are not standardised."""
 
     def draw(name: str) -> Any:
-        value = prior.hyperparameters[name]
+        value = {h.name: h.value for h in prior.hyperparameters(1)}[name]
         if isinstance(value, InverseGamma):
             law = dist.InverseGamma(float(value.concentration), float(value.rate))
             return numpyro.sample(name, law)
@@ -93,7 +93,7 @@ def test_its_density_is_that_of_an_independent_model(prior: BNN, n: int) -> None
     tasks = prior.sample(1, n, 2, generator=generator())
     x, y = tasks.x[0], tasks.y[0]
     position = torch.randn(4, dimension(prior, 2), dtype=torch.float64, generator=generator(1))
-    hyper = hyperpriors(prior, {})
+    hyper = hyperpriors(prior.hyperparameters(1), {})
     totals = []
     joint = jax.jit(lambda site: log_density(model, (prior, x.numpy(), y.numpy()), {}, site)[0])
     for row, energy in zip(position, potential_energy(prior, x, y, position), strict=True):
@@ -139,7 +139,7 @@ def flow(dim: int, seed: int) -> Any:
 )
 def test_both_implementations_of_the_density_agree(prior: BNN) -> None:
     tasks = prior.sample(1, 11, 2, generator=generator())
-    x, y, hyper = tasks.x[0], tasks.y[0], hyperpriors(prior, {})
+    x, y, hyper = tasks.x[0], tasks.y[0], hyperpriors(prior.hyperparameters(1), {})
     position = torch.randn(6, dimension(prior, 2), dtype=torch.float64, generator=generator(1))
     parts = position.split([(1 + i) * o for i, o in prior.shapes(2)[:-1]] + [hyper.dim], -1)
     theta = hyper.values(parts[-1])
@@ -148,7 +148,7 @@ def test_both_implementations_of_the_density_agree(prior: BNN) -> None:
         for part, (i, o) in zip(parts[:-1], prior.shapes(2)[:-1], strict=True)
     ]
     drawn = prior.draw_parameters(6, 2, generator=generator())
-    columns = torch.stack([theta[name] for name in prior.hyperparameters], -1)
+    columns = torch.stack([theta[h.name] for h in prior.hyperparameters(1)], -1)
     parameters = drawn._replace(
         weights=tuple(weights),
         weight_variance=columns[:, : prior.depth + 1],
@@ -228,7 +228,7 @@ def test_it_is_calibrated_on_draws_of_its_prior() -> None:
             "f": Normal(mine.mean, mine.spread.sqrt()).cdf(f[i, 6:]).mean(),
             "log likelihood": rank(mine.log_likelihood, own.log_likelihood, i),
         }
-        latents, true = prior.report(part.parameters), prior.report(row(truth, i))
+        latents, true = prior.report_latents(part.parameters), prior.report_latents(row(truth, i))
         entries |= {name: rank(value, true[name], i) for name, value in latents.items()}
         for name, level in entries.items():
             levels.setdefault(name, []).append(float(level))
@@ -259,7 +259,7 @@ def test_sizes_share_a_compilation_and_batches_their_answers() -> None:
     alone, _ = nuts_posterior(SMALL, (context[0][0], context[1][0]), query[0], settings=SHORT)
     torch.testing.assert_close(alone.mean, both.mean[0], rtol=1e-12, atol=0)
     nuts_posterior(SMALL, (tasks.x[0, :3], tasks.y[0, :3]), query[0], settings=SHORT)
-    coordinates = nuts._specification(hyperpriors(SMALL, {}))
+    coordinates = nuts.specify(hyperpriors(SMALL.hyperparameters(1), {}))
     network = bnn_nuts.Network("tanh", tuple(SMALL.shapes(1)), coordinates)
     run = bnn_nuts._sampler(network, SHORT)
     assert run._cache_size() == 1  # type: ignore[attr-defined]

@@ -64,7 +64,7 @@ EVERY = {
     "LearningCurves": Case(LearningCurves(), 1),
     "siblings": Case(LearningCurves(), 4),
     "lcpfn": Case(LearningCurves.lcpfn(), 1),
-    "domhan": Case(LearningCurves.domhan(), 1),
+    "domhan": Case(LearningCurves.domhan(20), 1),
     "Linear": Case(Linear()),
     "Warped": Case(Warped(GaussianProcess())),
     "warped BNN": Case(Warped(BNN(), output=ExpTransform())),
@@ -242,6 +242,35 @@ def test_posterior_follows_the_contract(case: Case) -> None:
 
 
 @exact
+def test_any_container_and_one_point_will_do(case: Case) -> None:
+    tasks = draw(case, 1, 5)
+    x, y, x_query = tasks.x[0, :1], tasks.y[0, :1], tasks.x[0, 1:]
+    expected = case.prior.posterior((x, y), x_query).mean
+    listed = case.prior.posterior((x.tolist(), y.tolist()), x_query.tolist()).mean
+    torch.testing.assert_close(listed, expected)
+    single = case.prior.posterior((x.float().numpy(), y.float()), x_query.float()).mean
+    torch.testing.assert_close(single, expected, atol=1e-4, rtol=1e-4)  # inputs of float32
+
+
+def test_known_latents_make_the_prior_that_has_them() -> None:
+    tasks = FIXED.sample(2, 9, 2, generator=torch.Generator().manual_seed(7))
+    context, x_query = (tasks.x[:, :6], tasks.y[:, :6]), tasks.x[:, 6:]
+    free = GaussianProcess(kernel=("rbf", "matern52"), mean=0.2)
+    known = {"kernel": 1, "lengthscale": 0.4, "outputscale": 1.3, "noise": 0.05}
+    ours = free.posterior(context, x_query, given=known)
+    torch.testing.assert_close(ours.mean, FIXED.posterior(context, x_query).mean)
+    wide = NNGP("erf", depth=1).posterior(
+        context, x_query, given={"weight_variance": 1.5, "bias_variance": 0.4, "noise": 0.05}
+    )
+    torch.testing.assert_close(wide.mean, WIDE.posterior(context, x_query).mean)
+    mixed = ScaleMixture(FIXED, scaled_noise=False)
+    torch.testing.assert_close(
+        mixed.posterior(context, x_query, given={"scale": 1.0}).variance,
+        FIXED.posterior(context, x_query).variance,
+    )
+
+
+@exact
 def test_wrong_questions_are_refused(case: Case) -> None:
     x = torch.rand(4, case.d)
     y = torch.rand(4) + 0.1
@@ -249,7 +278,7 @@ def test_wrong_questions_are_refused(case: Case) -> None:
         ((x, y[:3]), x, r"x \(4, .*y \(3,\)"),
         ((x, torch.full((4,), math.nan)), x, "finite y"),
         ((x, y), torch.rand(2, case.d + 1), "x_query like x"),
-        ((x, ["a"] * 4), x, "numeric y"),
+        ((x, ["a"] * 4), x, "y with numbers only"),
     ):
         with pytest.raises(ValueError, match=match_):
             case.prior.posterior(context, x_query)
@@ -297,5 +326,8 @@ def test_priors_construct_with_defaults(defaults: Callable[[], Any]) -> None:
     for wrapper in (ScaleMixture, Warped):
         if wrapper is ScaleMixture and not isinstance(prior, priors.KernelPrior):
             continue
-        assert wrapper(prior).base is prior
+        wrapped = wrapper(prior)
+        assert wrapped.base is prior
+        drawn = wrapped.sample(2, 12, 1, generator=torch.Generator().manual_seed(8))
+        assert drawn.y.shape == (2, 12)
     assert Mixture([prior, FIXED]).priors[0] is prior

@@ -145,15 +145,15 @@ def test_short_prefixes_agree_with_brute_force(y: list[float]) -> None:
     evidence, evidence_error, mean, error = brute_force(seen, queries, 100_000)
     draws = LCPFN.infer((x, seen), particles=800, seed=1)
     posterior = LCPFN.predict(draws, queries)
-    # 1e-6: 15.8 standard errors where they come from 8 islands (t of 7 degrees of freedom)
+    # 1e-6: 19.3 standard errors of 8 islands (t of 7 degrees of freedom), 4 comparisons
     both = math.hypot(float(evidence_error), float(draws.log_evidence_error))
     assert both < 0.2
-    assert abs(float(draws.log_evidence - evidence)) < 15.8 * both
+    assert abs(float(draws.log_evidence - evidence)) < 19.3 * both
     values = LCPFN.curve(queries * 100, draws.t)
     islands = (8 * draws.log_weights.exp().unsqueeze(-1) * (values - mean)).unflatten(0, (8, -1))
     own = islands.sum(1).std(0) / math.sqrt(8)
     assert bool(
-        ((posterior.mean - mean).abs() < 15.8 * (own.square() + error.square()).sqrt()).all()
+        ((posterior.mean - mean).abs() < 19.3 * (own.square() + error.square()).sqrt()).all()
     )
     assert bool((own < 0.05).all())
 

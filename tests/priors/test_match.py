@@ -175,7 +175,7 @@ def test_distance_falls_with_every_kind_of_prior(name: str) -> None:
     assert after.covariance < 0.6 * before.covariance
     error = math.hypot(before.sliced_error, after.sliced_error)
     assert before.sliced - after.sliced > 4.9 * error
-    values = [*matched.variances("weight_variance")]
+    values = [*matched.layer_variances("weight_variance")]
     random = name == "hierarchical"
     assert all(isinstance(value, InverseGamma if random else float) for value in values)
     assert bool(matched.flow) == flow

@@ -35,9 +35,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def potential_energy(prior: GaussianProcess, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
     """What NUTS descends, (node,), and that its gradient is finite."""
-    hyper = hyperpriors(prior, x.shape[-1], {})
+    hyper = hyperpriors(prior.hyperparameters(x.shape[-1]), {})
     with jax.enable_x64(True):
-        energy = nuts._potential(nuts._specification(hyper))
+        energy = nuts._potential(nuts.specify(hyper))
         data = nuts._data(prior.kernels[0], x, y, hyper)
         run = jax.jit(jax.vmap(jax.value_and_grad(energy, argnums=1), in_axes=(None, 0)))
         values, gradients = run(data, t.numpy())
@@ -47,7 +47,7 @@ def potential_energy(prior: GaussianProcess, x: Tensor, y: Tensor, t: Tensor) ->
 
 def log_density(prior: GaussianProcess, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
     """The same by torch: log p(t) + log p(y | x, t)."""
-    hyper = hyperpriors(prior, x.shape[-1], {})
+    hyper = hyperpriors(prior.hyperparameters(x.shape[-1]), {})
     x, y = x.expand(len(t), *x.shape), y.expand(len(t), *y.shape)
     variance = hyper.mean_variance
     likelihood = prior.log_likelihood(x, y, hyper.values(t), mean_variance=variance)
@@ -68,7 +68,7 @@ def test_both_implementations_of_the_density_agree() -> None:
     for i, kernel in enumerate(KERNELS):
         settings = hyperparameters[i % len(hyperparameters)]
         prior = GaussianProcess(kernel=kernel, **settings)  # type: ignore[arg-type]
-        dim = hyperpriors(prior, 2, {}).dim
+        dim = hyperpriors(prior.hyperparameters(2), {}).dim
         t = torch.randn(3, dim, dtype=torch.float64, generator=generator(i))
         total = potential_energy(prior, x, y, t) + log_density(prior, x, y, t)
         # equal but for a constant; torch's hyperpriors have float32 parameters
@@ -125,7 +125,7 @@ def test_six_hyperparameters_agree_with_importance_sampling() -> None:
     joint = HARD.posterior((x, y), x_query, joint=True)
     assert joint.event_shape == (3,)
     torch.testing.assert_close(joint.mean, posterior.mean, atol=1e-9, rtol=0)
-    run = nuts._sampler(nuts._specification(hyperpriors(HARD, 4, {})), nuts.DEFAULT)
+    run = nuts._sampler(nuts.specify(hyperpriors(HARD.hyperparameters(4), {})), nuts.DEFAULT)
     assert run._cache_size() == 1  # type: ignore[attr-defined]  # compiled once for all of the above
 
 

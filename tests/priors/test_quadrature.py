@@ -115,7 +115,9 @@ HYPERPRIORS = [
 
 @pytest.mark.parametrize("prior", HYPERPRIORS, ids=lambda prior: type(prior).__name__)
 def test_hyperpriors_integrate_to_one_in_their_coordinates(prior: Distribution) -> None:
-    hyper = hyperpriors(GaussianProcess(noise=prior, lengthscale=1.0, outputscale=1.0), 1, {})
+    hyper = hyperpriors(
+        GaussianProcess(noise=prior, lengthscale=1.0, outputscale=1.0).hyperparameters(1), {}
+    )
     lattice = integrate(hyper.log_density, 1)
     weights, noise = lattice.log_weights.exp(), hyper.values(lattice.points)["noise"]
     # exponential tails lose what lies 18 nats down: e^-18 / slope
@@ -125,7 +127,7 @@ def test_hyperpriors_integrate_to_one_in_their_coordinates(prior: Distribution) 
 
 
 def test_log_normal_coordinates_are_standard_normal() -> None:
-    hyper = hyperpriors(GaussianProcess(ard=True, scale_with_dimension=True), 4, {})
+    hyper = hyperpriors(GaussianProcess(ard=True, scale_with_dimension=True).hyperparameters(4), {})
     assert hyper.dim == 6
     t = torch.randn(5, 6, dtype=torch.float64, generator=generator())
     expected = Normal(0.0, 1.0).log_prob(t).sum(-1)
@@ -195,7 +197,7 @@ def test_a_tensor_product_grid_agrees_to_five_digits() -> None:
     tasks = prior.sample(1, 15, 1, generator=generator(2))
     x, y = tasks.x[0], tasks.y[0]
     axis = torch.linspace(-7, 7, 141, dtype=torch.float64)
-    hyper = hyperpriors(prior, 1, {})
+    hyper = hyperpriors(prior.hyperparameters(1), {})
     spectral = Spectral(GaussianProcess(), x, y)
     grid = torch.cartesian_prod(axis, axis)
     log_density = hyper.log_density(grid) + spectral.log_likelihood(hyper.values(grid))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from priors.draws import draw_normal
-from priors.wasserstein import bures, energy_distance, fit_critic, sliced_wasserstein
+from priors.wasserstein import bures, energy_distance, sliced_wasserstein
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -127,13 +127,3 @@ def test_energy_distance_is_unbiased_and_scales_like_the_sliced_cramer_distance(
     each = torch.stack(values)
     error = float(each.std() / math.sqrt(len(each)))
     assert abs(float(each.mean()) - expected) < 4.9 * error  # 1e-6 of all seeds
-
-
-def test_a_critic_finds_the_distance_of_a_shift() -> None:
-    # W1 between N(0, I) and N(m, I) is |m|; its best critic is linear
-    source, shift = generator(), torch.tensor([0.6, 0.8, 0.0, 0.0, 0.0]).double()
-    f, g = draw_normal(4000, 5, generator=source) + shift, draw_normal(4000, 5, generator=source)
-    critic = fit_critic(f[:2000], g[:2000], steps=150, batch=128, generator=source)
-    gap = float(critic.gap(f[2000:], g[2000:]).detach())
-    # the penalty lets slopes exceed 1 by some gap / 20, and gradients are noisy
-    assert gap == pytest.approx(1, abs=0.15)
