@@ -20,7 +20,7 @@ from torch.distributions import Distribution, LogNormal
 
 from priors.draws import draw, draw_normal
 from priors.flows import WeightFlow
-from priors.inputs import DESIGNS, draw_inputs, standardise_inputs
+from priors.inputs import draw_inputs, read_designs, standardise_inputs
 from priors.kernel_prior import JITTER, Hyperparameter, draw_prefixes
 from priors.tasks import ConditionalTasks, Tasks
 
@@ -118,13 +118,7 @@ class BNN:
                 f"Expected a flow for each of {self.depth} hidden layers, of {1 + self.width} "
                 f"dimensions but in the first; got dimensions {[f.dim for f in self.flow]}."
             )
-        unknown = [name for name in self.designs if name not in DESIGNS]
-        if unknown or not self.designs:
-            raise ValueError(f"Expected inputs among {sorted(DESIGNS)}; got {self.designs}.")
-
-    @property
-    def designs(self) -> tuple[str, ...]:
-        return (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
+        read_designs(self.inputs)
 
     def layer_variances(self, name: str) -> tuple[Variance, ...]:
         """The "weight_variance" or "bias_variance" of each layer, the readout's last."""
@@ -156,7 +150,7 @@ class BNN:
         any noise hides, and three times as fast.
         """
         parameters = self.draw_parameters(batch, d, generator=generator)
-        x = draw_inputs(self.designs, batch, n, d, generator=generator)
+        x = draw_inputs(self.inputs, batch, n, d, generator=generator)
         f = self._functions_in_single_precision(parameters, x)
         noise = draw_normal(batch, n, generator=generator)
         y = f + parameters.noise.sqrt().unsqueeze(-1) * noise
@@ -173,7 +167,7 @@ class BNN:
             visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
         """
         parameters = self.draw_parameters(batch, d, generator=generator)
-        x = draw_inputs(self.designs, batch, n + len(visible), d, generator=generator)
+        x = draw_inputs(self.inputs, batch, n + len(visible), d, generator=generator)
         basis = self.readout_basis(parameters, x)
         seen, asked = basis[:, :n], basis[:, n:]
         variance = asked.square().sum(-1)

@@ -7,7 +7,7 @@ random order, so that any split into context and query is valid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,15 +54,28 @@ DESIGNS: dict[str, Design] = {
 }
 
 
+def read_designs(inputs: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of the designs that `inputs` means, one or several.
+
+    Raises:
+        ValueError: none, or one that is not in `DESIGNS`.
+    """
+    designs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    if not designs or not set(designs) <= set(DESIGNS):
+        raise ValueError(f"Expected inputs among {sorted(DESIGNS)}; got {designs}.")
+    return designs
+
+
 def standardise_inputs(x: Tensor) -> Tensor:
     """Inputs as networks see them: of mean 0 and variance 1 under the uniform design."""
     return math.sqrt(12) * (x - 0.5)
 
 
 def draw_inputs(
-    designs: tuple[str, ...], batch: int, n: int, d: int, *, generator: torch.Generator
+    inputs: str | Sequence[str], batch: int, n: int, d: int, *, generator: torch.Generator
 ) -> Tensor:
-    """Inputs (batch, n, d) in float64, each task by a design drawn uniformly from `designs`."""
+    """Inputs (batch, n, d) in float64, each task by a design drawn uniformly from `inputs`."""
+    designs = read_designs(inputs)
     if len(designs) == 1:
         return DESIGNS[designs[0]](batch, n, d, generator=generator)
     choice = torch.randint(len(designs), (batch,), device=generator.device, generator=generator)

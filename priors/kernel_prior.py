@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from priors.draws import draw, draw_normal
-from priors.inputs import DESIGNS, draw_inputs
+from priors.inputs import draw_inputs, read_designs
 from priors.tasks import ConditionalTasks, Tasks
 
 if TYPE_CHECKING:
@@ -104,10 +104,6 @@ class KernelPrior(abc.ABC):
         return Spectral(self, x, y, mean_variance)
 
     @property
-    def designs(self) -> tuple[str, ...]:
-        return (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
-
-    @property
     def latent_units(self) -> dict[str, str]:
         """How each latent scales with the data: as "x", "y" or "y^2", or not at all ("")."""
         return {h.name: h.unit for h in self.hyperparameters(1)} | {self.choice: ""}
@@ -127,7 +123,7 @@ class KernelPrior(abc.ABC):
         """`batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
         theta = self.draw_hyperparameters(batch, d, generator=generator)
         signal, noise = (value.unsqueeze(-1) for value in self.variances(theta))
-        x = draw_inputs(self.designs, batch, n, d, generator=generator)
+        x = draw_inputs(self.inputs, batch, n, d, generator=generator)
         z = draw_normal(batch, n, 1, generator=generator)
         drawn = []
         for some, inputs, normal in _pieces(theta, x, z):
@@ -149,7 +145,7 @@ class KernelPrior(abc.ABC):
         m = len(visible)
         theta = self.draw_hyperparameters(batch, d, generator=generator)
         signal, noise = self.variances(theta)
-        x_all = draw_inputs(self.designs, batch, n + m, d, generator=generator)
+        x_all = draw_inputs(self.inputs, batch, n + m, d, generator=generator)
         x, x_query = x_all[:, :n], x_all[:, n:]
         drawn = draw_prefixes(
             self.covariance(x, x, theta),
@@ -391,9 +387,7 @@ def draw_prefixes(
 
 def check_hyperparameters(prior: KernelPrior, positive: tuple[str, ...]) -> None:
     """Raises a ValueError for a number that should be positive, or an unknown design of inputs."""
-    unknown = [name for name in prior.designs if name not in DESIGNS]
-    if unknown or not prior.designs:
-        raise ValueError(f"Expected inputs among {sorted(DESIGNS)}; got {prior.designs}.")
+    read_designs(prior.inputs)
     for label in positive:
         value = getattr(prior, label)
         if not isinstance(value, Distribution) and not value > 0:

@@ -83,7 +83,7 @@ class Linear(KernelPrior):
     def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
         """`batch` tasks of `n` points in `d` features, in float64 on the generator's device."""
         theta = self.draw_hyperparameters(batch, d, generator=generator)
-        x = draw_inputs(self.designs, batch, n, d, generator=generator)
+        x = draw_inputs(self.inputs, batch, n, d, generator=generator)
         weights = draw_normal(batch, d + 1, 1, generator=generator)
         f = (features(x) @ (deviations(theta, d).unsqueeze(-1) * weights)).squeeze(-1)
         noise = theta["noise"].sqrt().unsqueeze(-1)

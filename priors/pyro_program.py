@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
 
 from priors.context import read_context
 from priors.distributions import MixtureOf, StackOf
-from priors.inputs import DESIGNS, draw_inputs
+from priors.inputs import draw_inputs, read_designs
 from priors.reference import Marginal, NutsPosterior
 from priors.tasks import Tasks
 
@@ -61,13 +61,7 @@ class PyroProgram:
     def __post_init__(self) -> None:
         if not callable(self.model):
             raise ValueError(f"Expected a Pyro program, a function of x; got {self.model!r}.")
-        unknown = [name for name in self.designs if name not in DESIGNS]
-        if unknown or not self.designs:
-            raise ValueError(f"Expected inputs among {sorted(DESIGNS)}; got {self.designs}.")
-
-    @property
-    def designs(self) -> tuple[str, ...]:
-        return (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
+        read_designs(self.inputs)
 
     def posterior_is_quick(self, d: int) -> bool:
         """No: it takes NUTS."""
@@ -79,7 +73,7 @@ class PyroProgram:
         Raises:
             ValueError: a program without a site "y" of shape (n,).
         """
-        x = draw_inputs(self.designs, max(1, batch), n, d, generator=generator)
+        x = draw_inputs(self.inputs, max(1, batch), n, d, generator=generator)
         seed = int(torch.randint(2**62, (), device=generator.device, generator=generator))
         with _private_draws(seed, generator.device):
             run = _run_all(self.model, x)
