@@ -2,6 +2,8 @@
 
 One compiled sampler serves all tasks of one shape: data, kernel and key are its arguments. Chains
 run one after another inside it, because in lockstep all would wait for the longest trajectory.
+Densities that are written in torch (`sample_torch`) cost the same for one point as for hundreds, so
+all chains of all tasks do run in lockstep there.
 Importing this module imports JAX; it computes in float64 without touching JAX's global settings.
 Where JAX has not started yet, it is told to use one thread: matrices are small here, and threads
 that wait for each other on shared cores cost up to a hundred times the work itself.
@@ -10,6 +12,7 @@ that wait for each other on shared cores cost up to a hundred times the work its
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -208,7 +211,21 @@ def compile_chains(
         spread: standard deviation of the normal points where chains start.
     """
 
-    def chain(data: dict[str, Any], key: jax.Array) -> tuple[jax.Array, ...]:
+    chain = _chain(potential, dim, settings, spread)
+
+    def chains(data: dict[str, Any], key: jax.Array) -> tuple[jax.Array, ...]:
+        keys = jax.random.split(key, settings.chains)
+        return jax.lax.map(functools.partial(chain, data), keys)
+
+    return jax.jit(chains)
+
+
+def _chain(
+    potential: Callable[[Any, jax.Array], jax.Array], dim: int, settings: Settings, spread: float
+) -> Callable[[Any, jax.Array], tuple[jax.Array, ...]]:
+    """A map from (data, key) to the draws, divergences and leapfrogs of one chain."""
+
+    def chain(data: Any, key: jax.Array) -> tuple[jax.Array, ...]:
         start_key, key = jax.random.split(key)
         start = spread * jax.random.normal(start_key, (dim,))
         init, step = hmc(functools.partial(potential, data), algo="NUTS")
@@ -221,11 +238,75 @@ def compile_chains(
 
         return jax.lax.scan(draw, state, length=settings.draws)[1]
 
-    def chains(data: dict[str, Any], key: jax.Array) -> tuple[jax.Array, ...]:
-        keys = jax.random.split(key, settings.chains)
-        return jax.lax.map(functools.partial(chain, data), keys)
+    return chain
 
-    return jax.jit(chains)
+
+Density = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def sample_torch(
+    density: Density, tasks: int, dim: int, *, seed: int, settings: Settings = DEFAULT
+) -> list[Draws]:
+    """Draws from densities that are written in torch, one of each task, all at once.
+
+    Args:
+        density: maps the tasks (row,) of points (row, dim) to log densities (row,), up to a
+            constant of each task, and their gradients (row, dim).
+    """
+    token = next(_tokens)
+    _densities[token] = density
+    try:
+        with jax.enable_x64(True):
+            rows = jnp.stack(
+                [
+                    jnp.full(tasks * settings.chains, token, jnp.int32),
+                    jnp.arange(tasks, dtype=jnp.int32).repeat(settings.chains),
+                ],
+                1,
+            )
+            keys = jax.random.split(jax.random.key(seed), len(rows))
+            out = _lockstep_sampler(dim, settings)(rows, keys)
+            parts = [torch.from_numpy(np.array(part)) for part in out]
+    finally:
+        del _densities[token]
+    each = [part.unflatten(0, (tasks, settings.chains)) for part in parts]
+    return [Draws(*task) for task in zip(*each, strict=True)]
+
+
+_tokens = itertools.count()
+_densities: dict[int, Density] = {}  # of the calls in progress: what is compiled serves them all
+
+
+@functools.lru_cache(maxsize=32)
+def _lockstep_sampler(dim: int, settings: Settings) -> Callable[..., tuple[jax.Array, ...]]:
+    """Compiled chains (row,), each of which is given by its token and task (row, 2)."""
+
+    def call(rows: Any, bits: Any) -> np.ndarray[Any, Any]:
+        t = np.array(bits).view(np.float64)  # (row, dim, 1)
+        token, task = np.array(rows).T
+        log_density, gradient = _densities[int(token[0])](
+            torch.from_numpy(task).long(), torch.from_numpy(t).squeeze(-1)
+        )
+        answer = torch.cat([log_density.unsqueeze(-1), gradient], -1).neg().unsqueeze(-1)
+        return np.ascontiguousarray(answer.numpy()).view(np.uint32)
+
+    def value_and_gradient(row: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # callbacks hand numbers over in JAX's global precision, so these go as bits
+        shape = jax.ShapeDtypeStruct((1 + dim, 2), jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(t, jnp.uint32)
+        answer = jax.pure_callback(call, shape, row, bits, vmap_method="broadcast_all")
+        value = jax.lax.bitcast_convert_type(answer, jnp.float64)
+        return value[0], value[1:]
+
+    @jax.custom_vjp
+    def potential(row: jax.Array, t: jax.Array) -> jax.Array:
+        return value_and_gradient(row, t)[0]
+
+    def backward(gradient: jax.Array, cotangent: jax.Array) -> tuple[None, jax.Array]:
+        return None, cotangent * gradient
+
+    potential.defvjp(value_and_gradient, backward)
+    return jax.jit(jax.vmap(_chain(potential, dim, settings, 1.0)))
 
 
 class LogEvidence(NamedTuple):

@@ -25,6 +25,7 @@ from torch.distributions import (
 )
 
 from priors.context import as_tensor, read_context
+from priors.distributions import invert_cdf
 from priors.gp import GaussianProcess
 from priors.hyperpriors import Hyperpriors, hyperpriors
 from priors.kernel_prior import JITTER, Hyperparameter, KernelPrior, NodeModel, cholesky
@@ -90,7 +91,11 @@ class Diagnostics(NamedTuple):
 
 
 class _Mixture(MixtureSameFamily):
-    """A mixture that can be expanded, although its parts know more than torch's."""
+    """A mixture with quantiles that can be expanded, although its parts know more than torch's."""
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantiles at levels `value` in (0, 1), by bisection."""
+        return invert_cdf(self, value)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MixtureSameFamily:
         """The same mixture with more batch dimensions; it states no error any more."""

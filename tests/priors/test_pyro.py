@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from priors import Linear, from_pyro, pyro_program
+from priors import Linear, from_pyro, pyro_runs
 from priors.linear import features
 
 
@@ -124,9 +124,9 @@ def _columns(value: Tensor) -> Any:
 @pytest.mark.parametrize("model", [regression, schools, families, scattered])
 def test_programs_are_mapped_with_the_law_of_single_runs(model: Any) -> None:
     x = torch.rand(800, 3, 1, generator=generator(), dtype=torch.float64)
-    with pyro_program._private_draws(1, x.device):
-        mapped = pyro_program._run_mapped(model, x)
-        singles = [pyro_program._run(model, inputs) for inputs in x]
+    with pyro_runs.private_draws(1, x.device):
+        mapped = pyro_runs.run_mapped(model, x)
+        singles = [pyro_runs.run(model, inputs) for inputs in x]
     columns = {"y": mapped.y, "f": mapped.f} | mapped.latents
     for name, value in columns.items():
         single = torch.stack(
@@ -139,9 +139,10 @@ def test_programs_are_mapped_with_the_law_of_single_runs(model: Any) -> None:
 
 def test_a_program_that_cannot_be_mapped_runs_task_by_task() -> None:
     x = torch.rand(4, 3, 1, dtype=torch.float64)
-    with pyro_program._private_draws(0, x.device), pytest.raises(Exception, match="item"):
-        pyro_program._run_mapped(branching, x)
-    tasks = from_pyro(branching).sample(600, 3, 1, generator=generator())
+    with pyro_runs.private_draws(0, x.device), pytest.raises(Exception, match="item"):
+        pyro_runs.run_mapped(branching, x)
+    with pytest.warns(UserWarning, match="task by task"):
+        tasks = from_pyro(branching).sample(600, 3, 1, generator=generator())
     flip, level = tasks.latents["flip"], tasks.latents["level"]
     assert abs(float(flip.double().mean()) - 0.25) < 4.9 * math.sqrt(0.1875 / 600)
     assert ((level > 0) == (flip > 0)).all() and len(level.unique()) == 600
@@ -149,14 +150,14 @@ def test_a_program_that_cannot_be_mapped_runs_task_by_task() -> None:
 
 def test_mapping_is_much_faster_than_a_loop() -> None:
     x = torch.rand(512, 20, 2, dtype=torch.float64)
-    with pyro_program._private_draws(0, x.device):
-        pyro_program._run_mapped(regression, x)
+    with pyro_runs.private_draws(0, x.device):
+        pyro_runs.run_mapped(regression, x)
         start = time.process_time()
-        pyro_program._run_mapped(regression, x)
+        pyro_runs.run_mapped(regression, x)
         mapped = time.process_time() - start
         start = time.process_time()
         for inputs in x[:32]:
-            pyro_program._run(regression, inputs)
+            pyro_runs.run(regression, inputs)
         loop = 16 * (time.process_time() - start)
     assert loop > 5 * mapped
 
@@ -256,8 +257,8 @@ def check_against_exact(program: Any, exact: Any, tasks: Any, n: int, **settings
     error = posterior.log_prob_error(y_query)
     assert ((posterior.log_prob(y_query) - truth.log_prob(y_query)).abs() < 6 * error + 1e-6).all()
     assert error.max() < 0.1
-    means = torch.stack([part.mean for part in posterior.components]).unflatten(0, (40, -1)).mean(1)
-    error = means.std(0) / math.sqrt(40)
+    means = posterior.component_distribution.mean.unflatten(-1, (40, -1)).mean(-1)
+    error = means.std(-1) / math.sqrt(40)
     assert ((posterior.mean - truth.mean).abs() < 6 * error).all()
     assert (error < 0.1 * truth.stddev).all()
     level = torch.full_like(y_query, 0.2)
