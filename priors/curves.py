@@ -130,48 +130,79 @@ class _Layout(NamedTuple):
 
 def _draw_layout(batch: int, n: int, d: int, *, generator: torch.Generator) -> _Layout:
     """Beginnings of curves, one after another, and continuations in order of time."""
-    device = generator.device
+    if d == 1:
+        return _draw_run(batch, n, generator=generator)
+    return _draw_sweep(batch, n, d - 1, generator=generator)
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, dtype=torch.float64, device=device, generator=generator)
 
-    most = 1 if d == 1 else max(1, min(SIBLINGS, n // 4))
-    siblings = (uniform(batch, 1) * math.log(most + 1)).exp().floor().clamp(1, most).long()
-    steps = (SHORTEST * (LONGEST / SHORTEST) ** uniform(batch, 1)).round()
+def _draw_run(batch: int, n: int, *, generator: torch.Generator) -> _Layout:
+    """The first steps of one run, and the rest at later times; or all steps of a run."""
+    steps = _draw_steps(batch, generator=generator)
+    whole = _uniform(batch, 1, generator=generator) < 0.2
+    steps = torch.where(whole, torch.full_like(steps, max(n, 2)), steps)
+    begun = (_uniform(batch, 1, generator=generator) * (n + 1)).floor().minimum(steps - 1)
+    begun = torch.where(whole, n, begun)
+    row = torch.arange(n, dtype=torch.float64, device=generator.device)
+    covered = begun / steps
+    later = covered + (1 - covered) * (1 - _uniform(batch, n, generator=generator))
+    later = later.masked_fill(row < begun, 0.0).sort(-1).values
+    time = torch.where(row < begun, (row + 1) / steps, later).clamp(1e-6, 1.0)
+    curve = torch.zeros(batch, n, dtype=torch.long, device=generator.device)
+    return _Layout(time, curve, curve.new_zeros(batch), 1 / steps, time.new_empty(batch, 1, 0))
+
+
+def _draw_sweep(batch: int, n: int, dim: int, *, generator: torch.Generator) -> _Layout:
+    """The beginnings of several siblings, and later times of those that are not finished.
+
+    Two siblings in five are finished, others at any time; of the last, little was seen. It has half
+    of the later times.
+    """
+    device, most = generator.device, max(1, min(SIBLINGS, n // 4))
+    siblings = (_uniform(batch, 1, generator=generator) * math.log(most + 1)).exp().floor()
+    siblings = siblings.clamp(1, most).long()
+    last = siblings - 1
     row = torch.arange(n, dtype=torch.float64, device=device)
-    begun = (uniform(batch, 1) * (n + 1)).floor()  # rows in beginnings
-    if d == 1:  # a beginning ends within the run
-        whole = uniform(batch, 1) < 0.2
-        steps = torch.where(whole, torch.full_like(steps, max(n, 2)), steps)
-        begun = torch.where(whole, n, begun.minimum(steps - 1))
-    cuts = uniform(batch, most)
-    cuts = cuts.masked_fill(torch.arange(most, device=device) >= siblings - 1, 2.0).sort(-1).values
-    where = (row + 0.5) / begun.clamp_min(1)
-    curve = torch.searchsorted(cuts, where.contiguous()).minimum(siblings - 1)
+    begun = (_uniform(batch, 1, generator=generator) * (n + 1)).floor()  # rows in beginnings
     in_beginning = row < begun
+
+    cuts = _uniform(batch, most, generator=generator)  # between siblings, as shares of those rows
+    cuts = cuts.masked_fill(torch.arange(most, device=device) >= last, 2.0).sort(-1).values
+    where = (row + 0.5) / begun.clamp_min(1)
+    curve = torch.searchsorted(cuts, where.contiguous()).minimum(last)
     first = torch.full((batch, most), float(n), dtype=torch.float64, device=device)
     first.scatter_reduce_(1, curve, row.expand(batch, n), "amin")
-    rank = row - first.gather(1, curve) + 1  # of the row in its beginning, from 1
     count = torch.zeros(batch, most, dtype=torch.float64, device=device)
     count.scatter_add_(1, curve, in_beginning.double())
-    covered = uniform(batch, most)  # the share of the run that was observed
-    covered = torch.where(uniform(batch, most) < 0.4, 1.0, covered)
-    last = (siblings - 1).squeeze(-1)
-    covered = covered.scatter(1, last.unsqueeze(-1), uniform(batch, 1).square())
-    if d == 1:
-        covered = begun / steps
-    spread = covered.gather(1, curve) / count.gather(1, curve).clamp_min(1)
-    other = (uniform(batch, n) * siblings).long()
-    done = (covered >= 1).gather(1, other)
-    other = torch.where(done | (uniform(batch, n) < 0.5), last.unsqueeze(-1), other)
-    rest_curve = torch.where(in_beginning, curve, other)
-    start = covered.gather(1, rest_curve) * (count.gather(1, rest_curve) > 0)
-    later = start + (1 - start) * (1 - uniform(batch, n))
-    if d == 1:
-        later = later.masked_fill(in_beginning, 0.0).sort(-1).values
-    time = torch.where(in_beginning, rank * spread, later).clamp(1e-6, 1.0)
-    hyperparameters = uniform(batch, most, d - 1)
-    return _Layout(time, rest_curve, last, 1 / steps, hyperparameters)
+
+    covered = _uniform(batch, most, generator=generator)  # share of the run that was observed
+    finished = _uniform(batch, most, generator=generator) < 0.4
+    covered = torch.where(finished, 1.0, covered)
+    covered = covered.scatter(1, last, _uniform(batch, 1, generator=generator).square())
+    rank = row - first.gather(1, curve) + 1  # of the row in its beginning, from 1
+    observed = rank * covered.gather(1, curve) / count.gather(1, curve).clamp_min(1)
+
+    other = (_uniform(batch, n, generator=generator) * siblings).long()
+    is_last = _uniform(batch, n, generator=generator) < 0.5
+    other = torch.where((covered >= 1).gather(1, other) | is_last, last, other)
+    begin = covered.gather(1, other) * (count.gather(1, other) > 0)
+    later = begin + (1 - begin) * (1 - _uniform(batch, n, generator=generator))
+
+    time = torch.where(in_beginning, observed, later).clamp(1e-6, 1.0)
+    hyperparameters = _uniform(batch, most, dim, generator=generator)
+    steps = _draw_steps(batch, generator=generator)
+    curve = torch.where(in_beginning, curve, other)
+    return _Layout(time, curve, last.squeeze(-1), 1 / steps, hyperparameters)
+
+
+def _draw_steps(batch: int, *, generator: torch.Generator) -> Tensor:
+    """The number of steps of each run (batch, 1)."""
+    share = _uniform(batch, 1, generator=generator)
+    return (SHORTEST * (LONGEST / SHORTEST) ** share).round()
+
+
+def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
+    device = generator.device
+    return torch.rand(*shape, dtype=torch.float64, device=device, generator=generator)
 
 
 # what curves share, and how they depend on hyperparameters
@@ -196,22 +227,21 @@ def _draw_latents(hyperparameters: Tensor, *, generator: torch.Generator) -> Ten
     own = draw_normal(batch, siblings, count, generator=generator)
     if not inputs:
         return own
-    device = generator.device
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, dtype=torch.float64, device=device, generator=generator)
-
     shared = draw_normal(batch, 1, count, generator=generator)
-    relevance = 4 * uniform(batch, inputs, 1).square()  # many hyperparameters hardly matter
+    relevance = (
+        4 * _uniform(batch, inputs, 1, generator=generator).square()
+    )  # many hyperparameters hardly matter
     frequency = relevance * draw_normal(batch, inputs, FEATURES, generator=generator)
-    phase = 2 * math.pi * uniform(batch, 1, FEATURES)
+    phase = 2 * math.pi * _uniform(batch, 1, FEATURES, generator=generator)
     features = math.sqrt(2 / FEATURES) * (hyperparameters @ frequency + phase).cos()
     dependent = features @ draw_normal(batch, FEATURES, count, generator=generator)
     dependent = dependent / features.square().sum(-1, keepdim=True).sqrt()
-    share = -uniform(3, batch, 1, count).log()  # Dirichlet(1, 1, 1) when normalised
+    share = -_uniform(
+        3, batch, 1, count, generator=generator
+    ).log()  # Dirichlet(1, 1, 1) when normalised
     share = share / share.sum(0)
     # the curve's own share is small in most tasks: seeds matter less than hyperparameters
-    share[2] *= uniform(batch, 1, 1).square()
+    share[2] *= _uniform(batch, 1, 1, generator=generator).square()
     share = (share / share.sum(0)).sqrt()
     return share[0] * shared + share[1] * dependent + share[2] * own
 
@@ -379,9 +409,7 @@ class _Curve(NamedTuple):
         """y (task, row): noise in the logit, flips, spikes, then rounding to the rows."""
         z, time = self.z, layout.time
         white, flip = draw_normal(2, *f.shape, generator=generator)
-        uniform = torch.rand(
-            2, *f.shape, dtype=torch.float64, device=generator.device, generator=generator
-        )
+        uniform = _uniform(2, *f.shape, generator=generator)
         length = layout.step * _log_uniform(z["correlation"], -0.5, 1.7)
         slow = _autocorrelated(time, layout.curve, length, generator=generator)
         share = _share(z["correlated"])
