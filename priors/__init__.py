@@ -12,12 +12,14 @@ from priors.matching import match as match
 from priors.mixture import Mixture as Mixture
 from priors.nngp import NNGP as NNGP
 from priors.ntk import WideEnsemble as WideEnsemble
+from priors.optimization import optimization as optimization
 from priors.parametric_curves import ParametricCurves as ParametricCurves
 from priors.programs import from_pyro as from_pyro
 from priors.reference import Marginal as Marginal
 from priors.reference import nuts_posterior as nuts_posterior
 from priors.scale_mixture import ScaleMixture as ScaleMixture
 from priors.scales import BurrXII as BurrXII
+from priors.searched import Searched as Searched
 from priors.tasks import ConditionalPrior as ConditionalPrior
 from priors.tasks import ConditionalTasks as ConditionalTasks
 from priors.tasks import Prior as Prior

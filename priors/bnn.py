@@ -21,7 +21,7 @@ from torch.distributions import Distribution, LogNormal
 from priors.draws import draw, draw_normal
 from priors.flows import WeightFlow
 from priors.inputs import draw_inputs, read_designs, standardise_inputs
-from priors.kernel_prior import JITTER, Hyperparameter, draw_prefixes
+from priors.kernel_prior import JITTER, Hyperparameter, Process, conditional_tasks
 from priors.tasks import ConditionalTasks, Tasks
 
 if TYPE_CHECKING:
@@ -166,28 +166,25 @@ class BNN:
         Args:
             visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
         """
-        parameters = self.draw_parameters(batch, d, generator=generator)
+        process = self.draw_process(batch, d, generator=generator)
         x = draw_inputs(self.inputs, batch, n + len(visible), d, generator=generator)
-        basis = self.readout_basis(parameters, x)
-        seen, asked = basis[:, :n], basis[:, n:]
-        variance = asked.square().sum(-1)
-        drawn = draw_prefixes(
-            seen @ seen.mT,
-            seen @ asked.mT,
-            variance,
+        return conditional_tasks(process, x[:, :n], x[:, n:], visible, generator=generator)
+
+    def draw_process(self, batch: int, d: int, *, generator: torch.Generator) -> Process:
+        """What networks with hidden weights of their own are over the readout: linear models."""
+        parameters = self.draw_parameters(batch, d, generator=generator)
+        readout = parameters.weight_variance[:, -1] + parameters.bias_variance[:, -1]
+
+        def covariance(x: Tensor, z: Tensor) -> Tensor:
+            return self.readout_basis(parameters, x) @ self.readout_basis(parameters, z).mT
+
+        return Process(
+            torch.zeros_like(readout),
+            covariance,
+            lambda x: self.readout_basis(parameters, x).square().sum(-1),
             parameters.noise,
-            JITTER * basis.square().sum(-1).mean(-1),
-            visible,
-            generator=generator,
-        )
-        return ConditionalTasks(
-            x=x[:, :n],
-            y=drawn.y,
-            x_query=x[:, n:],
-            mean=drawn.mean,
-            variance=drawn.variance,
-            noise=parameters.noise,
-            latents=self.report_latents(parameters),
+            JITTER * readout,
+            self.report_latents(parameters),
         )
 
     def posterior(

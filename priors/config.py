@@ -24,6 +24,7 @@ from priors.nngp import NNGP
 from priors.parametric_curves import ParametricCurves
 from priors.scale_mixture import ScaleMixture
 from priors.scales import BurrXII
+from priors.searched import Searched
 from priors.warped import Warped
 
 PRIORS: dict[str, type] = {
@@ -35,6 +36,7 @@ PRIORS: dict[str, type] = {
     "NNGP": NNGP,
     "ParametricCurves": ParametricCurves,
     "ScaleMixture": ScaleMixture,
+    "Searched": Searched,
     "Warped": Warped,
 }
 PARTS: dict[str, type] = {"WeightFlow": WeightFlow}  # of priors, written and read like them

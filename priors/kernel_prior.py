@@ -59,6 +59,17 @@ class NodeModel(Protocol):
         ...
 
 
+class Process(NamedTuple):
+    """Gaussian processes, one for each task: what is left once all latents are known."""
+
+    mean: Tensor  # (task,)
+    covariance: Callable[[Tensor, Tensor], Tensor]  # of f, (task, n, d), (task, m, d): (task, n, m)
+    variance: Callable[[Tensor], Tensor]  # of f, its diagonal: (task, n, d) to (task, n)
+    noise: Tensor  # (task,) variance
+    jitter: Tensor  # (task,) added to diagonals
+    latents: dict[str, Tensor]
+
+
 class KernelPrior(abc.ABC):
     """f ~ GP(mean, signal * unit kernel) and y = f + noise, given hyperparameters drawn per task.
 
@@ -142,29 +153,21 @@ class KernelPrior(abc.ABC):
         Args:
             visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
         """
-        m = len(visible)
+        process = self.draw_process(batch, d, generator=generator)
+        x = draw_inputs(self.inputs, batch, n + len(visible), d, generator=generator)
+        return conditional_tasks(process, x[:, :n], x[:, n:], visible, generator=generator)
+
+    def draw_process(self, batch: int, d: int, *, generator: torch.Generator) -> Process:
+        """Processes with hyperparameters of their own."""
         theta = self.draw_hyperparameters(batch, d, generator=generator)
         signal, noise = self.variances(theta)
-        x_all = draw_inputs(self.inputs, batch, n + m, d, generator=generator)
-        x, x_query = x_all[:, :n], x_all[:, n:]
-        drawn = draw_prefixes(
-            self.covariance(x, x, theta),
-            self.covariance(x, x_query, theta),
-            self.variance(x_query, theta),
+        return Process(
+            theta["mean"],
+            lambda x, z: self.covariance(x, z, theta),
+            lambda x: self.variance(x, theta),
             noise,
             JITTER * signal,
-            visible,
-            generator=generator,
-        )
-        constant = theta["mean"].unsqueeze(-1)
-        return ConditionalTasks(
-            x=x,
-            y=constant + drawn.y,
-            x_query=x_query,
-            mean=constant + drawn.mean,
-            variance=drawn.variance,
-            noise=noise,
-            latents=self.report_latents(theta, d),
+            self.report_latents(theta, d),
         )
 
     def posterior(
@@ -339,49 +342,43 @@ class KernelPrior(abc.ABC):
         return torch.cat(values)[torch.cat(rows).argsort()]
 
 
-class Prefixes(NamedTuple):
-    """Observations, and what a prefix of them says of f at each query, but for the prior mean."""
+def conditional_tasks(
+    process: Process, x: Tensor, x_query: Tensor, visible: Tensor, *, generator: torch.Generator
+) -> ConditionalTasks:
+    """Observations at x (task, n, dim), and what they say of queries (task, m, dim)."""
+    z = draw_normal(*x.shape[:2], 1, generator=generator)
+    factor = cholesky(process.covariance(x, x), process.noise + process.jitter)
+    return conditional_given(process, x, x_query, factor, z, visible)
 
-    y: Tensor  # (task, n)
-    mean: Tensor  # (task, m)
-    variance: Tensor  # (task, m)
 
-
-def draw_prefixes(
-    covariance: Tensor,
-    cross: Tensor,
-    variance: Tensor,
-    noise: Tensor,
-    jitter: Tensor,
-    visible: Tensor,
-    *,
-    generator: torch.Generator,
-) -> Prefixes:
-    """Draws y = f + noise and the conditional of f at query j given y_1 .. y_visible_j.
+def conditional_given(
+    process: Process, x: Tensor, x_query: Tensor, factor: Tensor, z: Tensor, visible: Tensor
+) -> ConditionalTasks:
+    """The same where the observations are mean + L z already.
 
     With L the Cholesky factor of K + noise I, y = L z, and A = L^-1 K_*, the conditional given the
     first p observations is Normal(A_:p,j z_:p, K_jj - |A_:p,j|^2): all prefixes fall out of the
     factorisation that draws the tasks.
 
     Args:
-        covariance: (task, n, n) of f at the observations.
-        cross: (task, n, m) between observations and queries.
-        variance: (task, m) of f at the queries.
-        noise: (task,) variance.
-        jitter: (task,) added to the diagonal, and the least variance left.
-        visible: (m,) integers in 0 .. n.
+        factor: L (task, n, n).
+        z: (task, n, 1).
+        visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
     """
-    batch, n = cross.shape[:2]
-    z = draw_normal(batch, n, 1, generator=generator)
-    factor = cholesky(covariance, noise + jitter)
+    cross = process.covariance(x, x_query)
     weights = torch.linalg.solve_triangular(factor, cross, upper=False)  # (task, point, query)
-    seen = torch.arange(n, device=cross.device).unsqueeze(-1) < visible.to(cross.device)
+    seen = torch.arange(x.shape[1], device=x.device).unsqueeze(-1) < visible.to(x.device)
     weights = weights * seen
-    left = variance - weights.square().sum(1)
-    return Prefixes(
-        y=(factor @ z).squeeze(-1),
-        mean=(weights * z).sum(1),
-        variance=left.clamp_min(jitter.unsqueeze(-1)),
+    left = process.variance(x_query) - weights.square().sum(1)
+    constant = process.mean.unsqueeze(-1)
+    return ConditionalTasks(
+        x=x,
+        y=constant + (factor @ z).squeeze(-1),
+        x_query=x_query,
+        mean=constant + (weights * z).sum(1),
+        variance=left.clamp_min(process.jitter.unsqueeze(-1)),
+        noise=process.noise,
+        latents=process.latents,
     )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from priors.nuts import Settings
 
 CHAINS = 4
+TARGET_ACCEPT = 0.9  # steps are small, as nobody knows what a program's density is like
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _settings(warmup: int, draws: int) -> Settings:
 
     if draws <= 0 or draws % NutsPosterior.blocks:
         raise ValueError(f"Expected draws in multiples of {NutsPosterior.blocks}; got {draws}.")
-    return Settings(CHAINS, warmup, draws)
+    return Settings(CHAINS, warmup, draws, TARGET_ACCEPT)
 
 
 def _by_name(name: str, value: Tensor, d: int) -> dict[str, Tensor]:

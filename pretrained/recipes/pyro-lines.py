@@ -12,7 +12,8 @@ def lines(x: Tensor) -> None:
     """Straight lines, whose slopes share a scale, through noise."""
     scale = pyro.sample("scale", dist.HalfNormal(1.0))
     noise = pyro.sample("noise", dist.LogNormal(-3.0, 0.5))
-    slope = pyro.sample("slope", dist.Normal(0.0, scale))
+    size = pyro.sample("size", dist.Normal(0.0, 1.0))  # of the slope; not centred, for NUTS
+    slope = pyro.deterministic("slope", scale * size)
     offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
     with pyro.plate("points", x.shape[-2]):
         mean = offset + slope * (x - 0.5).sum(-1)

@@ -1,0 +1,116 @@
+"""Searches: the posterior is the prior's own, points crowd where y is good, columns are encoded."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import LogNormal
+
+from priors import BNN, GaussianProcess, LearningCurves, Searched, Warped, optimization
+from priors.spaces import Space, draw_spaces
+
+FIXED = GaussianProcess(kernel="matern52", lengthscale=0.3, outputscale=1.5, noise=0.02, mean=0.7)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_queries_have_the_posterior_of_what_they_see() -> None:
+    visible = torch.tensor([0, 3, 11, 24, 24])
+    for seed in range(4):  # searches and others
+        tasks = Searched(FIXED).sample_conditional(6, 24, 2, visible, generator=generator(seed))
+        for j, p in enumerate(visible.tolist()):
+            for i in range(6):
+                query = tasks.x_query[i, j : j + 1]
+                exact = FIXED.posterior((tasks.x[i, :p], tasks.y[i, :p]), query, latent=True)
+                assert float(tasks.mean[i, j]) == pytest.approx(float(exact.mean), abs=1e-6)
+                assert float(tasks.variance[i, j]) == pytest.approx(float(exact.variance), abs=1e-6)
+
+
+def test_a_search_leaves_the_law_of_new_observations_alone() -> None:
+    # z = L^-1 (y - mean) is white noise, wherever earlier y led the search; DKW at 1e-6
+    tasks = Searched(FIXED, share=1.0).sample_conditional(
+        400, 20, 2, torch.tensor([20]), generator=generator()
+    )
+    theta = FIXED.draw_hyperparameters(400, 2, generator=generator())
+    _, z = FIXED.whiten(tasks.x, tasks.y, theta, 0.0)
+    ordered = torch.special.ndtr(z).flatten().sort().values
+    rank = torch.arange(len(ordered) + 1, dtype=torch.float64) / len(ordered)
+    distance = float(torch.maximum(rank[1:] - ordered, ordered - rank[:-1]).max())
+    assert distance < math.sqrt(math.log(2e6) / 2 / len(ordered))
+
+
+def spread(x: Tensor) -> Tensor:
+    """The mean distance (task,) between the points of each task."""
+    return torch.cdist(x, x).mean((1, 2))
+
+
+def test_searches_crowd() -> None:
+    prior = Warped(FIXED, irrelevant=0.2)
+    none = torch.tensor([0])
+    at_random = Searched(prior, 0.0).sample_conditional(300, 60, 3, none, generator=generator())
+    searched = Searched(prior, 1.0).sample_conditional(300, 60, 3, none, generator=generator())
+    difference = spread(at_random.x) - spread(searched.x)
+    assert float(difference.mean()) > 5 * float(difference.std()) / math.sqrt(300)
+
+    # and better: in units of the noise-free spread, the best or worst y is further out
+    def extreme(tasks: Tensor) -> Tensor:
+        return (tasks[:, 30:].mean(1) - tasks[:, :10].mean(1)).abs()
+
+    gain = extreme(searched.y) - extreme(at_random.y)
+    assert float(gain.mean()) > 5 * float(gain.std()) / math.sqrt(300)
+
+
+def test_columns_are_levels_or_one_hot() -> None:
+    levels = torch.tensor([[0.0, 3.0, 0.0, 0.0, 0.0, 2.0]])
+    space = Space(levels.double(), torch.tensor([[0, 1, 2, 2, 2, 3]]))
+    x = space.draw(500, generator=generator())
+    for _ in range(3):
+        assert set(x[0, :, 1].tolist()) == {0.0, 0.5, 1.0} and set(x[0, :, 5].tolist()) == {
+            0.0,
+            1.0,
+        }
+        assert torch.equal(x[0, :, 2:5].sum(-1), torch.ones(500).double())
+        assert len(x[0, :, 0].unique()) > 100 and (x >= 0).all() and (x <= 1).all()
+        scale, change = (torch.tensor(v).double() for v in (0.1, 0.5))
+        x = space.near(x, scale, change, generator=generator(1))
+    same = space.near(x, scale, torch.tensor(0.0).double(), generator=generator(2))
+    assert torch.equal(same, x)
+
+
+def test_spaces_are_of_all_kinds() -> None:
+    space = draw_spaces(2000, 6, generator=generator())
+    assert 0.5 < float((space.levels == 0).all(1).double().mean()) < 0.8
+    grouped = (space.group[:, 1:] == space.group[:, :-1]).any(1)
+    assert 0.1 < float(grouped.double().mean()) < 0.3
+    assert float(space.levels.max()) == 10 and set(space.levels.unique().tolist()) >= {0.0, 2.0}
+
+
+def test_a_network_can_be_searched_too() -> None:
+    tasks = Searched(BNN(8, 1, noise=LogNormal(-4.0, 1.0)), 1.0).sample_conditional(
+        5, 12, 2, torch.tensor([12, 3]), generator=generator()
+    )
+    assert tasks.y.shape == (5, 12) and tasks.mean.shape == (5, 2)
+    assert tasks.latents["noise"].shape == (5,) and bool((tasks.variance > 0).all())
+
+
+def test_the_posterior_is_the_bases() -> None:
+    x, y, query = torch.rand(5, 1).double(), torch.randn(5).double(), torch.rand(3, 1).double()
+    ours, base = Searched(FIXED).posterior((x, y), query), FIXED.posterior((x, y), query)
+    assert torch.equal(ours.mean, base.mean)
+    assert torch.equal(Searched(FIXED).log_evidence((x, y)), FIXED.log_evidence((x, y)))
+
+
+def test_what_cannot_be_searched_is_refused() -> None:
+    with pytest.raises(ValueError, match="Gaussian process given its latents"):
+        Searched(LearningCurves())
+    with pytest.raises(ValueError, match="share in"):
+        Searched(FIXED, 1.5)
+
+
+def test_objectives_have_noise_and_a_kind() -> None:
+    tasks = optimization().sample(32, 10, 4, generator=generator())
+    assert set(tasks.latents) == {"noise", "component"}
+    assert tasks.y.isfinite().all() and tasks.x.shape == (32, 10, 4)
