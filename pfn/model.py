@@ -51,6 +51,13 @@ class Ready(NamedTuple):
             yield (self.x[some], self.y[some], known, self.own), x_query[some]
 
 
+class Buffer(NamedTuple):
+    """Observations after the context, in the units of the prior for the network."""
+
+    x: Tensor  # (b, k, d)
+    y: Tensor  # (b, k)
+
+
 class PFN:
     """A prior-fitted network: a checkpoint's weights, its card and, where known, its prior."""
 
@@ -259,12 +266,15 @@ class PFN:
 class Fitted:
     """A PFN with an encoded context: the posterior over functions given the data."""
 
-    def __init__(self, pfn: PFN, ready: Ready, encoded: Encoded) -> None:
+    def __init__(
+        self, pfn: PFN, ready: Ready, encoded: Encoded, added: Buffer | None = None
+    ) -> None:
         self.pfn = pfn
         self.context = ready.context
         self.units = ready.units
         self._ready = ready
         self._encoded = encoded
+        self._added = added
 
     def predict(self, x_query: Any, *, latent: bool = False) -> Predictive:
         """The posterior predictive at `x_query` (m, d), (m,) for d = 1, or (b, m, d).
@@ -283,10 +293,74 @@ class Fitted:
         x, dtype = check_query(x_query, self.context)
         transformer, keys = self.pfn.transformer, self._encoded.layers[0].key
         mapped = self.units.map_x(x.to(keys.device)).to(keys.dtype)
-        with _recording(mapped, keys, keep=False):
-            chunk = _chunk(self._ready.y)
-            mixture = _decode(transformer, self._encoded, mapped, chunk, latent)
+        seen = () if self._added is None else self._added
+        with _recording(mapped, keys, *seen, keep=False):
+            if self._added is None:
+                chunk = _chunk(self._ready.y)
+                mixture = _decode(transformer, self._encoded, mapped, chunk, latent)
+            else:
+                mixture = self._decode_added(mapped, self._added, latent)
         return _predictive(mixture, self._encoded.scaling, self._ready, x.device, dtype)
+
+    def extend(self, x: Any, y: Any) -> Fitted:
+        """The posterior after more observations, in the units that the first context has set.
+
+        The context is not encoded anew: added points attend to it and to those added before them,
+        which costs each query one more key for each. A gradient flows through them. `latents` stays
+        that of the first context.
+
+        Args:
+            x: (k, d), or (b, k, d) for b alternative continuations of one context.
+            y: (k,) or (b, k).
+
+        Raises:
+            ValueError: data that do not fit the context.
+
+        Example:
+            >>> import pfn
+            >>> fitted = pfn.load("gp-1d").condition(([0.1, 0.5, 0.9], [0.0, 1.0, 0.3]))
+            >>> fitted.extend([0.7], [0.8]).predict([0.6, 0.8]).mean.shape
+            torch.Size([2])
+        """
+        more = check_context((x, y))
+        d, tasks = self.context.x.shape[-1], len(self._ready.y)
+        if more.x.shape[-1] != d or (self.context.batched and len(more.x) != tasks):
+            wanted = f"({tasks}, k, {d})" if self.context.batched else f"(k, {d}) or (b, k, {d})"
+            raise ValueError(f"Expected added x of shape {wanted}; got {tuple(more.x.shape)}.")
+        keys = self._encoded.layers[0].key
+        mapped = Buffer(
+            self.units.map_x(more.x.to(keys.device)).to(keys.dtype),
+            self.units.map_y(more.y.to(keys.device)).to(keys.dtype),
+        )
+        if self._added is not None:
+            both = [
+                before.expand(len(new), *before.shape[1:])
+                for before, new in zip(self._added, mapped, strict=True)
+            ]
+            mapped = Buffer(*(torch.cat(pair, 1) for pair in zip(both, mapped, strict=True)))
+        batch = len(mapped.y)
+        context = self.context._replace(
+            x=self.context.x.expand(batch, -1, -1),
+            y=self.context.y.expand(batch, -1),
+            batched=self.context.batched or more.batched,
+        )
+        return Fitted(self.pfn, self._ready._replace(context=context), self._encoded, mapped)
+
+    def _decode_added(self, x_query: Tensor, added: Buffer, latent: bool) -> Mixture:
+        """Mixtures at queries (b, m, d) that see all added points, some tasks at a time."""
+        transformer, (k, m) = self.pfn.transformer, (added.y.shape[1], x_query.shape[1])
+        n, shared = self._ready.y.shape[1], len(self._ready.y) == 1
+        visible = torch.full((m,), k, device=x_query.device)
+        size = max(1, MATRICES // (1 + n + k) ** 2) if shared else len(x_query)
+        parts = []
+        for start in range(0, len(x_query), size):
+            some = slice(start, start + size)
+            queries = x_query[some]
+            encoded = self._encoded.repeat(len(queries)) if shared else self._encoded
+            buffer = added.x[some], added.y[some]
+            final = transformer.decode(encoded, queries, buffer=buffer, visible=visible)
+            parts.append(_mixture(transformer, final, latent))
+        return Mixture(*_joined(parts, 0))
 
     def latents(self) -> dict[str, Distribution]:
         """Posterior marginals of the prior's latents, in the units of the data.

@@ -107,6 +107,11 @@ class Predictive(Distribution):
             self.log_weights.expand(shape), self.means.expand(shape), self.stds.expand(shape)
         )
 
+    def reshape(self, *batch_shape: int) -> Predictive:
+        """The same predictives in a batch of another shape, with as many elements."""
+        parts = (self.log_weights, self.means, self.stds)
+        return self._with(*(part.reshape(*batch_shape, part.shape[-1]) for part in parts))
+
     def affine(self, loc: float | Tensor, scale: float | Tensor) -> Predictive:
         """The predictive of loc + scale * y.
 

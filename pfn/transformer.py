@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pfn.experts import Added, Experts, Forecast, Solved, add, forecast, seen_by_each
+from pfn.experts import Added, Experts, Forecast, Solved, Theta, add, forecast, seen_by_each
 from pfn.units import FromContext
 
 Seen = tuple[Tensor, Tensor, Tensor | None, FromContext]  # a context: x, y, known latents, units
@@ -170,6 +170,24 @@ class Encoded(NamedTuple):
     report: Tensor  # (b, ...) of the experts' hyperparameters
     scaling: Scaling
     num_context: Tensor  # (b,) n, as a float
+
+    def repeat(self, times: int) -> Encoded:
+        """The encoding of one context (b = 1) as a batch of `times` equal ones."""
+
+        def repeated(value: Tensor) -> Tensor:
+            return value.repeat(times, *[1] * (value.dim() - 1))
+
+        layers = [EncodedLayer(*map(repeated, layer)) for layer in self.layers]
+        theta = self.solved.theta
+        theta = Theta(theta.experts, tuple(map(repeated, theta.kernel)), *map(repeated, theta[2:]))
+        return Encoded(
+            layers,
+            Solved(theta, *map(repeated, self.solved[1:])),
+            repeated(self.logits),
+            repeated(self.report),
+            Scaling(*map(repeated, self.scaling)),
+            repeated(self.num_context),
+        )
 
 
 class Block(nn.Module):

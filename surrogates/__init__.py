@@ -1,1 +1,5 @@
-"""BoTorch models, Bayesian-optimisation loops and learning curves on top of `pfn`. Empty so far."""
+"""BoTorch models and Bayesian-optimization loops on top of `pfn`; needs the extra `bo`."""
+
+from surrogates.base import Surrogate as Surrogate
+from surrogates.fitting import available as available
+from surrogates.fitting import fit as fit

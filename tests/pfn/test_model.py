@@ -620,3 +620,48 @@ def test_a_float32_network_answers_float64_data_to_its_own_precision() -> None:
 def test_a_pfn_introduces_itself() -> None:
     assert repr(MODEL) == "PFN('tiny', d = 1..3, n = 0..16)"
     assert MODEL.prior is None
+
+
+def test_added_points_are_seen_in_order_however_they_come() -> None:
+    x, y, query = draw(9, 2, seed=1), draw(9, seed=2), draw(4, 2, seed=3)
+    fitted = MODEL.condition((x[:5], y[:5]))
+    at_once = fitted.extend(x[5:], y[5:])
+    in_turn = fitted.extend(x[5:7], y[5:7]).extend(x[7:], y[7:])
+    for one, two in zip(parts(at_once.predict(query)), parts(in_turn.predict(query)), strict=True):
+        torch.testing.assert_close(one, two, atol=DIGITS, rtol=DIGITS)
+    assert (at_once.predict(query).mean - fitted.predict(query).mean).abs().max() > 1e-4
+    alone = at_once.predict(query[:1])
+    torch.testing.assert_close(alone.mean, at_once.predict(query).mean[:1], atol=DIGITS, rtol=0)
+
+
+def test_one_context_has_many_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, query = draw(5, 2, seed=1), draw(5, seed=2), draw(3, 4, 2, seed=3)
+    added = draw(3, 2, 2, seed=4), draw(3, 2, seed=5)
+    fitted = MODEL.condition((x, y))
+    together = fitted.extend(*added).predict(query)
+    monkeypatch.setattr(pfn.model, "MATRICES", 100)  # one task at a time
+    singly = fitted.extend(*added).predict(query)
+    for i in range(3):
+        one = fitted.extend(added[0][i], added[1][i]).predict(query[i])
+        for of_all, alone, apart in zip(parts(together), parts(one), parts(singly), strict=True):
+            torch.testing.assert_close(of_all[i], alone, atol=DIGITS, rtol=DIGITS)
+            torch.testing.assert_close(of_all, apart, atol=DIGITS, rtol=DIGITS)
+
+
+def test_gradients_flow_through_added_points() -> None:
+    fitted = MODEL.condition((draw(4, 1, seed=1), draw(4, seed=2)))
+
+    def mean(x: Tensor, y: Tensor, query: Tensor) -> Tensor:
+        return fitted.extend(x, y).predict(query).mean
+
+    inputs = [draw(2, 1, seed=3), draw(2, seed=4), draw(2, 1, seed=5)]
+    assert torch.autograd.gradcheck(mean, [value.requires_grad_() for value in inputs], atol=1e-6)
+
+
+def test_added_points_that_do_not_fit_are_refused() -> None:
+    fitted = MODEL.condition((draw(4, 2), draw(4)))
+    with pytest.raises(ValueError, match=r"Expected added x of shape \(k, 2\) or \(b, k, 2\)"):
+        fitted.extend(draw(3, 1), draw(3))
+    batch = MODEL.condition((draw(2, 4, 2), draw(2, 4)))
+    with pytest.raises(ValueError, match=r"shape \(2, k, 2\)"):
+        batch.extend(draw(3, 3, 2), draw(3, 3))

@@ -1,0 +1,49 @@
+"""Surrogates by name, and what they are given."""
+
+import pytest
+import torch
+
+import surrogates
+
+X = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
+
+
+def test_all_names_are_told() -> None:
+    names = surrogates.available()
+    assert names[0] == "pfn" and {"gp", "hmc-bnn", "ibnn", "random", "sobol"} <= set(names)
+
+
+def test_several_outputs_have_a_model_each() -> None:
+    model = surrogates.fit("pfn", X, torch.stack([X[:, 0], X[:, 1]], -1), model="gp")
+    posterior = model.posterior(X[:4].double())
+    assert model.num_outputs == 2 and posterior.mean.shape == (4, 2)
+    torch.testing.assert_close(posterior.mean, X[:4].double(), atol=0.3, rtol=0)
+    assert posterior.rsample(torch.Size([3])).shape == (3, 4, 2)
+
+
+def test_the_range_of_the_data_is_the_box_where_no_bounds_are_given() -> None:
+    far = 100 + 7 * X
+    ours = surrogates.fit("pfn", far, X[:, 0], model="gp").posterior(far[:2].double())
+    low, high = far.amin(0), far.amax(0)
+    told = surrogates.fit("pfn", far, X[:, 0], model="gp", bounds=torch.stack([low, high]))
+    torch.testing.assert_close(ours.mean, told.posterior(far[:2].double()).mean)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"name": "forest"}, "Expected a surrogate among"),
+        ({"name": "sobol"}, "sobol only samples"),
+        ({"Y": torch.ones(5)}, r"Expected X \(n, d\) and Y"),
+        ({"X": torch.ones(6)}, r"Expected X \(n, d\) and Y"),
+        ({"Y": torch.full((6,), torch.nan)}, "finite Y"),
+        ({"Yvar": torch.zeros(6)}, "positive Yvar"),
+        ({"bounds": [[0.0], [1.0]]}, r"bounds of shape \(2, 2\)"),
+        ({"bounds": [[0.0, 0.0], [1.0, 0.0]]}, "lower ends below upper"),
+        ({"bounds": [[0.0] * 2, [1.0] * 2], "input_transform": "any"}, "not both"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object], said: str) -> None:
+    every = {"name": "pfn", "X": X, "Y": X[:, 0]} | arguments
+    with pytest.raises(ValueError, match=said):
+        surrogates.fit(**every)  # type: ignore[arg-type]
