@@ -1,4 +1,4 @@
-"""Draws per second of every prior, in batches and one task at a time: `python benchmarks/draws.py`.
+"""Draws per CPU second of every prior, in batches and singly: `python benchmarks/draws.py`.
 
 Two loops stand beside each batch of 512 tasks of 128 points: our own `sample` with a batch of one,
 and the same prior as one would write it with the field's libraries, one model object for each task:
@@ -175,10 +175,10 @@ def contest(name: str, repeats: int) -> dict[str, Any]:
 
 
 def rate(call: Callable[[], Any]) -> float:
-    """Calls per second, over at least `SECONDS` after one that warms up."""
+    """Calls per CPU second, over at least `SECONDS` of them after a call that warms up."""
     call()
-    began, calls = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < SECONDS:
+    began, calls = time.process_time(), 0
+    while (spent := time.process_time() - began) < SECONDS:
         call()
         calls += 1
     return calls / spent

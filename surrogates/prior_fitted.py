@@ -140,6 +140,10 @@ class PriorFittedPosterior(Posterior):
         return self.X.dtype
 
     @property
+    def batch_shape(self) -> torch.Size:
+        return self.X.shape[:-2]
+
+    @property
     def base_sample_shape(self) -> torch.Size:
         return torch.Size([*self.X.shape[:-1], 1])
 
