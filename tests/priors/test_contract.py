@@ -23,12 +23,14 @@ from priors import (
     Linear,
     Mixture,
     ScaleMixture,
+    Searched,
     Tasks,
     Warped,
     from_config,
     from_pyro,
     hebo_plus,
     match,
+    optimization,
     to_config,
 )
 
@@ -71,6 +73,8 @@ EVERY = {
     "Mixture": Case(Mixture((GaussianProcess(), NNGP(), BNN()))),
     "HEBO+": Case(hebo_plus()),
     "Pyro": Case(from_pyro(lines)),
+    "Searched": Case(Searched(Warped(GaussianProcess()))),
+    "objectives": Case(optimization()),
 }
 
 # Posteriors in closed form, hence exact, and quick enough for hundreds of tasks.
@@ -88,6 +92,13 @@ QUADRATURE = {
     "GaussianProcess": Case(GaussianProcess(outputscale=1.0), 1),
     "NNGP": Case(NNGP("erf", depth=2, bias_variance=0.3, noise=0.05), 1),
     "ScaleMixture": Case(ScaleMixture(FIXED, LogNormal(0.0, 1.0), scaled_noise=False), 1),
+}
+# By sampling: few tasks of few points; `benchmarks/sbc.py` asks for 500. With their options.
+SAMPLED: dict[str, tuple[Case, dict[str, Any]]] = {
+    "BNN": (Case(BNN(4, 1), 1), {}),
+    "lcpfn": (Case(LearningCurves.lcpfn(10), 1), {"particles": 400}),
+    "GaussianProcess, ARD": (Case(GaussianProcess(ard=True, outputscale=1.0)), {"method": "nuts"}),
+    "Pyro": (Case(from_pyro(lines), 1), {"warmup": 100, "draws": 50}),
 }
 
 every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY.keys())
@@ -204,6 +215,18 @@ def test_closed_form_posteriors_are_calibrated(case: Case, n: int) -> None:
 @pytest.mark.parametrize("case", QUADRATURE.values(), ids=QUADRATURE.keys())
 def test_quadrature_is_calibrated(case: Case) -> None:
     verdict = judge(simulate(case.prior, 40, 6, case.d))
+    assert verdict.worst > FALSE_FAILURE / 3
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_samplers_are_calibrated(name: str) -> None:
+    case, options = SAMPLED[name]
+
+    def posterior(x: Tensor, y: Tensor, x_query: Tensor) -> Any:
+        return case.prior.posterior((x, y), x_query, **options)
+
+    tasks = 12
+    verdict = judge(simulate(case.prior, tasks, 5, case.d, group=tasks, posterior=posterior))
     assert verdict.worst > FALSE_FAILURE / 3
 
 
