@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import safetensors
@@ -59,6 +60,7 @@ def load_recipe(source: str, **overrides: Any) -> Recipe:
     prior = _make(module[attribute], f"Making {attribute!r} of {path} failed")
     settings = {name: value for name, value in overrides.items() if value is not None}
     config = module.get("config")
+    config = None if isinstance(config, ModuleType) else config  # imported, not meant
     if config is not None and not isinstance(config, PretrainConfig):
         raise ValueError(f"Expected config in {path} to be a PretrainConfig; got {config!r}.")
     if config is None:

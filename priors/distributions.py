@@ -134,6 +134,22 @@ class MixtureOf(Distribution):
         return (self.log_weights.exp().reshape(shape) * parts).sum(0)
 
 
+class SameFamily(MixtureSameFamily):
+    """A mixture with quantiles that can be expanded, although its parts know more than torch's."""
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantiles at levels `value` in (0, 1), by bisection."""
+        return invert_cdf(self, value)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MixtureSameFamily:
+        """The same mixture with more batch dimensions; it states no error any more."""
+        components = *batch_shape, self._num_component
+        return MixtureSameFamily(
+            self.mixture_distribution.expand(batch_shape),
+            self.component_distribution.expand(components),
+        )
+
+
 class StackOf(Distribution):
     """Independent distributions of one shape, stacked along a new first batch axis.
 

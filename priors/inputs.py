@@ -75,6 +75,8 @@ def draw_inputs(
     inputs: str | Sequence[str], batch: int, n: int, d: int, *, generator: torch.Generator
 ) -> Tensor:
     """Inputs (batch, n, d) in float64, each task by a design drawn uniformly from `inputs`."""
+    if batch < 0 or n < 0 or d < 1:
+        raise ValueError(f"Expected batch >= 0, n >= 0 and d >= 1; got {batch}, {n} and {d}.")
     designs = read_designs(inputs)
     if len(designs) == 1:
         return DESIGNS[designs[0]](batch, n, d, generator=generator)

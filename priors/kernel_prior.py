@@ -387,8 +387,24 @@ def check_hyperparameters(prior: KernelPrior, positive: tuple[str, ...]) -> None
     read_designs(prior.inputs)
     for label in positive:
         value = getattr(prior, label)
-        if not isinstance(value, Distribution) and not value > 0:
-            raise ValueError(f"Expected a positive {label}; got {value}.")
+        fits = is_positive(value) if isinstance(value, Distribution) else value > 0
+        if not fits:
+            raise ValueError(
+                f"Expected a positive {label}, or a distribution of such; got {value}."
+            )
+
+
+def is_positive(distribution: Distribution) -> bool:
+    """Whether it is one distribution, of numbers above zero."""
+    if distribution.batch_shape or distribution.event_shape:
+        return False
+    lower = getattr(distribution.support, "lower_bound", None)
+    if lower is None:  # a transformed one may not know its support
+        try:
+            lower = distribution.icdf(torch.tensor(1e-9))
+        except NotImplementedError:
+            return False
+    return bool(torch.as_tensor(lower) >= 0)
 
 
 def cholesky(covariance: Tensor, diagonal: Tensor) -> Tensor:

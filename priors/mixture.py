@@ -188,7 +188,7 @@ class Mixture:
         return self._log_joint(context).logsumexp(0)
 
     def latent_posterior(self, context: tuple[Any, Any]) -> dict[str, Marginal]:
-        """The posterior of "component", for one task.
+        """The posterior of "component", for one task: `weights` are the parts' probabilities.
 
         Args: see `posterior`; the context is one task.
         """

@@ -44,6 +44,7 @@ class Settings(NamedTuple):
     warmup: int = 300
     draws: int = 300
     target_accept: float = 0.8
+    tree_depth: int = 10  # at most, of the doublings of a trajectory
 
 
 DEFAULT = Settings()
@@ -229,7 +230,13 @@ def _chain(
         start_key, key = jax.random.split(key)
         start = spread * jax.random.normal(start_key, (dim,))
         init, step = hmc(functools.partial(potential, data), algo="NUTS")
-        state = init(start, settings.warmup, target_accept_prob=settings.target_accept, rng_key=key)
+        state = init(
+            start,
+            settings.warmup,
+            target_accept_prob=settings.target_accept,
+            max_tree_depth=settings.tree_depth,
+            rng_key=key,
+        )
         state = jax.lax.fori_loop(0, settings.warmup, lambda _, state: step(state), state)
 
         def draw(state: Any, _: None) -> tuple[Any, tuple[jax.Array, ...]]:

@@ -22,7 +22,7 @@ from torch.distributions import Distribution, Independent, Normal
 from priors.context import Context, read_context
 from priors.curve_families import FAMILIES, Family, log_density
 from priors.draws import draw_normal
-from priors.smc import SmcDraws, SmcPosterior, sample_smc
+from priors.smc import ISLANDS, SmcDraws, SmcPosterior, sample_smc
 from priors.tasks import ConditionalTasks, Tasks
 
 KNOWN = 1e-12  # the variance of a curve that is known
@@ -133,6 +133,8 @@ class ParametricCurves:
     ) -> Distribution:
         """The posterior predictive at `x_query`: one normal for each of many posterior curves.
 
+        Seconds for each task: where several questions follow, `infer` once and `predict` often.
+
         Args:
             context: x (n,), (n, 1) or (b, n, 1), as fractions of the horizon, and y (n,) or (b, n).
             x_query: (m,), (m, 1) or (b, m, 1).
@@ -150,6 +152,8 @@ class ParametricCurves:
             ValueError: arguments of other shapes, not finite, or x outside (0, 1].
         """
         data = self._read(context, x_query)
+        if particles < ISLANDS or particles % ISLANDS:
+            raise ValueError(f"Expected particles in multiples of {ISLANDS}; got {particles}.")
         draws = [
             self._infer(x, y, particles, (seed, i))
             for i, (x, y) in enumerate(zip(data.x, data.y, strict=True))

@@ -24,6 +24,7 @@ from torch.distributions import (
     MixtureSameFamily,
     Normal,
     biject_to,
+    constraints,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -34,6 +35,7 @@ from priors.pyro_runs import (
     Model,
     Recorder,
     parameters_at,
+    parameters_of,
     pointwise,
     private_draws,
     run,
@@ -115,10 +117,12 @@ def target(model: Model, x: Tensor, y: Tensor) -> Target:
     """The densities given the first observations y (task, observed) at x (task, point, dim).
 
     Raises:
-        ValueError: discrete latents; observations that are not independent given the latents.
+        ValueError: discrete latents; observations that are impossible, or not independent given the
+            latents; randomness besides `pyro.sample`.
     """
     recorder = Recorder({})
     recorder.run(model, x[0])
+    _check_observations(model, x[0], y, recorder)
     laws = {name: recorder.laws[name] for name in recorder.latents}
     discrete = [name for name, law in laws.items() if law.support.is_discrete]
     if discrete:
@@ -134,6 +138,24 @@ def target(model: Model, x: Tensor, y: Tensor) -> Target:
     except Exception:  # of many kinds, by what cannot be mapped; those of the program come again
         return mapped._replace(is_mapped=False)
     return mapped
+
+
+def _check_observations(model: Model, x: Tensor, y: Tensor, first: Recorder) -> None:
+    """Raises a ValueError if y cannot have been observed, or draws hide from `pyro.sample`."""
+    again = Recorder(first.latents)
+    again.run(model, x)
+    laws = [pointwise(recorder.laws["y"]) for recorder in (first, again)]
+    if any(
+        not torch.equal(value, other)
+        for value, other in zip(*(parameters_of(law)[0].values() for law in laws), strict=True)
+    ):
+        raise ValueError("Expected a program that draws by pyro.sample alone; y's law changed.")
+    support = type(laws[0]).support
+    if not constraints.is_dependent(support) and not bool(support.check(y).all()):
+        raise ValueError(
+            f"Expected y in the support of {type(laws[0]).__name__}; "
+            f"got values from {float(y.min()):g} to {float(y.max()):g}."
+        )
 
 
 def draw_latents(

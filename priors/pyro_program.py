@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from priors.nuts import Settings
 
 CHAINS = 4
+TREE_DEPTH = 6  # as all chains of all tasks wait for the longest trajectory
 TARGET_ACCEPT = 0.9  # steps are small, as nobody knows what a program's density is like
 
 
@@ -158,7 +159,7 @@ def _settings(warmup: int, draws: int) -> Settings:
 
     if draws <= 0 or draws % NutsPosterior.blocks:
         raise ValueError(f"Expected draws in multiples of {NutsPosterior.blocks}; got {draws}.")
-    return Settings(CHAINS, warmup, draws, TARGET_ACCEPT)
+    return Settings(CHAINS, warmup, draws, TARGET_ACCEPT, TREE_DEPTH)
 
 
 def _by_name(name: str, value: Tensor, d: int) -> dict[str, Tensor]:

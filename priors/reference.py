@@ -25,7 +25,7 @@ from torch.distributions import (
 )
 
 from priors.context import as_tensor, read_context
-from priors.distributions import invert_cdf
+from priors.distributions import SameFamily
 from priors.gp import GaussianProcess
 from priors.hyperpriors import Hyperpriors, hyperpriors
 from priors.kernel_prior import JITTER, Hyperparameter, KernelPrior, NodeModel, cholesky
@@ -90,23 +90,7 @@ class Diagnostics(NamedTuple):
     leapfrogs: Tensor  # mean number of gradients per draw
 
 
-class _Mixture(MixtureSameFamily):
-    """A mixture with quantiles that can be expanded, although its parts know more than torch's."""
-
-    def icdf(self, value: Tensor) -> Tensor:
-        """Quantiles at levels `value` in (0, 1), by bisection."""
-        return invert_cdf(self, value)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> MixtureSameFamily:
-        """The same mixture with more batch dimensions; it states no error any more."""
-        components = *batch_shape, self._num_component
-        return MixtureSameFamily(
-            self.mixture_distribution.expand(batch_shape),
-            self.component_distribution.expand(components),
-        )
-
-
-class NutsPosterior(_Mixture):
+class NutsPosterior(SameFamily):
     """A mixture over the draws of NUTS that knows the Monte Carlo error of its log density."""
 
     blocks = 10  # per chain; their means are about independent
@@ -134,7 +118,7 @@ class NutsPosterior(_Mixture):
         return (weight.square() * variance).sum(-1).sqrt()
 
 
-class QuadraturePosterior(_Mixture):
+class QuadraturePosterior(SameFamily):
     """A mixture over the nodes of a lattice that knows about how precise its log density is."""
 
     def __init__(self, mixture: Categorical, component: Normal, parity: Tensor) -> None:

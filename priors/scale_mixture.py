@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, InverseGamma, constraints
+from torch.distributions import Distribution, InverseGamma
 
 from priors.context import Context, read_context
-from priors.kernel_prior import JITTER, Hyperparameter, KernelPrior, cholesky
+from priors.kernel_prior import JITTER, Hyperparameter, KernelPrior, cholesky, is_positive
 from priors.reference import categories, read_given
 from priors.student_t import MultivariateStudentT, StudentT, student_t_log_prob
 
@@ -62,9 +62,8 @@ class ScaleMixture(KernelPrior):
                 "Expected a base that is a Gaussian process given its hyperparameters, such as"
                 f" GaussianProcess or NNGP; got {type(self.base).__name__}."
             )
-        support = getattr(self.scale, "support", None)
-        if support not in (constraints.positive, constraints.nonnegative):
-            raise ValueError(f"Expected a scale distributed on (0, inf); got {self.scale}.")
+        if not isinstance(self.scale, Distribution) or not is_positive(self.scale):
+            raise ValueError(f"Expected one distribution of positive numbers; got {self.scale}.")
 
     @property
     def inputs(self) -> str | tuple[str, ...]:  # type: ignore[override]

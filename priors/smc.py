@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, MixtureSameFamily
+from torch.distributions import Categorical, Distribution
 
+from priors.distributions import SameFamily
 from priors.draws import draw_normal
 
 LogDensity = Callable[[Tensor], Tensor]  # (particle, dim) -> (particle,)
@@ -146,7 +147,7 @@ def sample_smc(
     )
 
 
-class SmcPosterior(MixtureSameFamily):
+class SmcPosterior(SameFamily):
     """A mixture over weighted draws that knows the Monte Carlo error of its log density.
 
     Args:
@@ -173,14 +174,6 @@ class SmcPosterior(MixtureSameFamily):
         by_island = log_ratio.unflatten(-1, (self._islands, -1)).logsumexp(-1).exp()  # W_i r_i
         weight = self.mixture_distribution.probs.unflatten(-1, (self._islands, -1)).sum(-1)
         return math.sqrt(self._islands) * (by_island - weight).std(-1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> MixtureSameFamily:
-        """The same mixture with more batch dimensions; it states no error any more."""
-        components = *batch_shape, self._num_component
-        return MixtureSameFamily(
-            self.mixture_distribution.expand(batch_shape),
-            self.component_distribution.expand(components),
-        )
 
 
 def move(

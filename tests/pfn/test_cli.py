@@ -11,6 +11,7 @@ import torch
 import pfn
 from pfn.cli import main
 from pfn.library import load
+from pfn.recipe import load_recipe
 
 MY_PRIOR = """
 import torch
@@ -210,6 +211,12 @@ def test_a_prior_of_your_own_is_pretrained_kept_and_certified(
     certificate = json.loads(capsys.readouterr().out)
     assert certificate["gap"] is None  # the prior has no posterior
     assert load(out).card.certificate == certificate
+
+
+def test_a_recipe_may_import_all_of_priors(tmp_path: Path) -> None:
+    path = tmp_path / "lines.py"
+    path.write_text("from priors import *\nmy_prior = Linear()\n")  # a module `config` among them
+    assert load_recipe(f"{path}:my_prior").name == "my_prior"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import (
     Gamma,
+    LogNormal,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
@@ -389,3 +390,17 @@ def test_wrong_questions_are_refused(arguments: dict[str, Any], message: str) ->
         two.posterior(([0.1], [1.0]), [0.2], given={"kernel": 2})
     with pytest.raises(ValueError, match="one task"):
         two.latent_posterior((torch.zeros(2, 1, 1), torch.zeros(2, 1)))
+
+
+@pytest.mark.parametrize(
+    "value", [-1.0, Normal(0.1, 1.0), LogNormal(torch.zeros(3), torch.ones(3))]
+)
+def test_what_is_not_positive_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="Expected a positive lengthscale"):
+        GaussianProcess(lengthscale=value)
+
+
+@pytest.mark.parametrize("size", [(2, -3, 1), (2, 3, 0)])
+def test_impossible_sizes_are_refused(size: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="Expected batch >= 0, n >= 0 and d >= 1"):
+        GaussianProcess().sample(*size, generator=torch.Generator())

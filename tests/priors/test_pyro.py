@@ -326,3 +326,31 @@ def test_eight_schools_are_partially_pooled() -> None:
     shrunk = (posterior.mean - mu) / (effects - mu)
     clear = (effects - mu).abs() > 1
     assert ((shrunk[clear] > 0) & (shrunk[clear] < 1)).all()
+
+
+def hidden_draws(x: Tensor) -> None:
+    level = torch.randn((), dtype=torch.float64)
+    with pyro.plate("points", len(x)):
+        pyro.sample("y", dist.Normal(level, 1.0))
+
+
+def coins(x: Tensor) -> None:
+    bias = pyro.sample("bias", dist.Beta(2.0, 2.0))
+    with pyro.plate("points", len(x)):
+        pyro.sample("y", dist.Bernoulli(bias))
+
+
+def test_impossible_observations_and_hidden_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"by pyro\.sample alone"):
+        from_pyro(hidden_draws).posterior(([0.1, 0.2], [0.0, 1.0]), [0.3])
+    with pytest.raises(ValueError, match="support of Bernoulli"):
+        from_pyro(coins).posterior(([0.1, 0.2], [0.5, 1.0]), [0.3])
+
+
+def test_counts_are_predicted() -> None:
+    # a Beta(2, 2) coin after 5 heads of 6: heads again with probability 7 / 10
+    x, y = torch.rand(6, 1).double(), torch.tensor([1.0, 1, 1, 0, 1, 1]).double()
+    posterior = from_pyro(coins).posterior((x, y), [0.5], warmup=100, draws=100)
+    means = posterior.component_distribution.mean.unflatten(-1, (40, -1)).mean(-1)  # type: ignore[attr-defined]
+    error = float(means.std()) / math.sqrt(40)
+    assert abs(float(posterior.mean) - 0.7) < 6 * error < 0.1

@@ -197,7 +197,7 @@ def test_the_conditional_of_a_query_is_gaussian_given_the_scale() -> None:
 def test_bad_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="a Gaussian process given its hyperparameters"):
         ScaleMixture(STUDENT_T)
-    with pytest.raises(ValueError, match="distributed on"):
+    with pytest.raises(ValueError, match="distribution of positive numbers"):
         ScaleMixture(FIXED, Normal(0.0, 1.0))
     with pytest.raises(ValueError, match="relative_noise"):
         STUDENT_T.posterior(([0.1], [0.2]), [0.3], given={"noise": 0.1})
