@@ -235,6 +235,58 @@ def certify(
         Console().print(certificate_table(certificate))
 
 
+@app.command()
+def optimize(
+    objective: Annotated[str, typer.Argument(help="module:function, or FILE.py:FUNCTION.")],
+    space: Annotated[Path, typer.Option(help="TOML file, a table for each parameter.")],
+    budget: Annotated[int, typer.Option(help="Evaluations, those in the storage included.")] = 50,
+    surrogate: Annotated[str, typer.Option(help="pfn, gp, ..., random or sobol.")] = "pfn",
+    seed: Annotated[int, typer.Option(help="Seed of the suggestions.")] = 0,
+    storage: Annotated[
+        str | None, typer.Option(help="Such as sqlite:///tuning.db; the same command continues it.")
+    ] = None,
+    study: Annotated[str, typer.Option(help="Name of the study in the storage.")] = "pfn",
+    maximize: Annotated[
+        bool, typer.Option("--maximize", help="The largest value, not the smallest.")
+    ] = False,
+    objectives: Annotated[int, typer.Option(help="Numbers that the function returns.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes on one storage.")] = 1,
+    trial_timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which an evaluation has failed.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file of all evaluations.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Figure to write, such as out.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Minimise a function of a dict of parameters.
+
+    The function is imported and executed. Evaluations that raise, hang or return NaN are recorded
+    and stepped over.
+    """
+    from surrogates.optimize import optimize_command
+
+    result = optimize_command(
+        objective,
+        space,
+        largest=maximize,
+        budget=budget,
+        surrogate=surrogate,
+        seed=seed,
+        storage=storage,
+        study_name=study,
+        objectives=objectives,
+        workers=workers,
+        trial_timeout=trial_timeout,
+    )
+    if out:
+        result.trace.to_csv(out, index=False)
+    if plot:
+        result.plot().savefig(plot, dpi=150)
+    typer.echo(json.dumps(result.summary(), indent=1) if as_json else str(result))
+    if result.interrupted:
+        sys.exit(130)
+
+
 def _plot(path: Path, fitted: Fitted, x_query: Array, latent: bool, names: list[str]) -> None:
     """Saves the curve over one feature; for more, each row's interval, ordered by its mean."""
     import numpy as np

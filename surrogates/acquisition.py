@@ -1,0 +1,511 @@
+"""Where to look next: a surrogate's acquisition, maximised over the valid points of a space.
+
+One objective: the logarithm of the expected improvement, of the predictive itself where the
+posterior offers it, else of its mean and variance; constraints multiply it by the probability that
+they hold. Several objectives: the logarithm of the expected hypervolume improvement. Points without
+an answer yet are fantasised. Everything is maximised, and a constraint holds at values <= 0, as in
+Optuna. `sampler.py` calls `suggest` once per trial.
+
+Reference: Ament et al., Unexpected Improvements to Expected Improvement, NeurIPS 2023, arXiv
+2310.20708; Gardner et al., Bayesian Optimization with Inequality Constraints, ICML 2014; Daulton et
+al., Parallel Bayesian Optimization of Multiple Noisy Objectives, NeurIPS 2021, arXiv 2105.08195.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from botorch.acquisition.analytic import LogExpectedImprovement
+from botorch.acquisition.multi_objective.logei import (
+    qLogExpectedHypervolumeImprovement,
+    qLogNoisyExpectedHypervolumeImprovement,
+)
+from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
+from botorch.models.gpytorch import GPyTorchModel
+from botorch.models.model import Model, ModelList
+from botorch.sampling.get_sampler import get_sampler
+from botorch.utils.multi_objective.box_decompositions.non_dominated import (
+    FastNondominatedPartitioning,
+)
+from botorch.utils.multi_objective.pareto import is_non_dominated
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor
+
+from pfn import Predictive
+from surrogates.prior_fitted import PriorFitted
+from surrogates.spaces import Space
+
+Acquisition = Callable[[Tensor], Tensor]  # (n, dim) to (n,), a logarithm
+
+FANTASIES = 8  # draws of the points without an answer
+DRAWS = 64  # Monte Carlo, of hypervolumes only
+SCALES = (0.2, 0.05, 0.0125, 0.003)  # of perturbed incumbents, sides of the unit cube
+STARTS = 8  # candidates that are improved
+EVALUATIONS = 20  # of the acquisition and its gradient, in a round
+ROUNDS = 2  # of gradients and neighbours in turn
+CHUNK = 2048  # candidates in a batch
+SAME = 1e-6  # points nearer than this, in every column, are one point
+
+
+def suggest(
+    model: Model,
+    X: Tensor,
+    Y: Tensor,
+    space: Space,
+    *,
+    constraints: int = 0,
+    pending: Tensor | None = None,
+    known: Tensor | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    belief: Belief | None = None,
+    num_candidates: int = 1024,
+    seed: int = 0,
+) -> Tensor:
+    """The valid point (dim,) of `space` with the largest acquisition that is none of the known.
+
+    Args:
+        model: of Y, for maximization; a `ModelList` where Y has several columns.
+        X: (n, dim) evaluated points, n >= 1.
+        Y: (n, m) their outcomes: objectives, then constraints.
+        constraints: how many of Y's columns are constraints, which hold at values <= 0.
+        pending: (k, dim) points without an answer, which are fantasised.
+        known: (j, dim) points not to be suggested, by default X and `pending`. If all candidates
+            are known, random points are tried; if the space is exhausted, one comes back again.
+        fixed: values of parameters that are not free.
+        belief: where the user thinks the optimum is.
+        num_candidates: from the whole space; half as many lie around the incumbents.
+        seed: of candidates and Monte Carlo draws.
+
+    Reference: alternating over mixed spaces as in Daulton et al., Bayesian Optimization over
+    Discrete and Mixed Spaces via Probabilistic Reparameterization, NeurIPS 2022, appendix.
+    """
+    if known is None:
+        known = X if pending is None else torch.cat([X, pending])
+    with warnings.catch_warnings():
+        # qLogEHVI compiles a kernel if it can; without a compiler it is slower, not different
+        warnings.filterwarnings("ignore", message="Failed to compile fused qLogEHVI")
+        # where points are close
+        warnings.filterwarnings("ignore", message="A not p.d., added jitter")
+        acquisition = make_acquisition(
+            model, X, Y, constraints=constraints, pending=pending, seed=seed
+        )
+        if belief is not None:
+            acquisition = belief.weigh(acquisition, len(X))
+        return maximize_acquisition(
+            acquisition,
+            space,
+            incumbents(X, Y, constraints),
+            known=known,
+            fixed=fixed,
+            belief=belief,
+            num_candidates=num_candidates,
+            seed=seed,
+        )
+
+
+def make_acquisition(
+    model: Model,
+    X: Tensor,
+    Y: Tensor,
+    *,
+    constraints: int = 0,
+    pending: Tensor | None = None,
+    seed: int = 0,
+) -> Acquisition:
+    """The logarithm of the expected improvement, or of its hypervolume, as a function of points.
+
+    The incumbent is the largest posterior mean among the evaluated points that meet the
+    constraints, not the largest noisy observation; while no point meets them, only the
+    probability of meeting them counts.
+    """
+    if pending is not None and not len(pending):
+        pending = None
+    if Y.shape[1] - constraints > 1:
+        return _hypervolume(model, X, Y, constraints, pending, seed)
+    models = [model.subset_output([i]) for i in range(Y.shape[1])] if Y.shape[1] > 1 else [model]
+    if pending is not None:
+        models = [_fantasize(part, pending, seed + i) for i, part in enumerate(models)]
+    objective, limits = models[0], models[1:]
+    seen = X if pending is None else torch.cat([X, pending])
+    with torch.no_grad():
+        means = [_moments(part, seen)[0] for part in models]  # (n, fantasy) or (n,)
+    feasible = torch.ones_like(means[0], dtype=torch.bool)
+    for column, mean in zip(Y[:, Y.shape[1] - constraints :].unbind(-1), means[1:], strict=True):
+        feasible[: len(X)] &= (column <= 0).reshape(-1, *[1] * (mean.dim() - 1))
+        feasible[len(X) :] &= mean[len(X) :] <= 0
+    best = means[0].masked_fill(~feasible, -math.inf).amax(0)  # (fantasy,) or ()
+
+    def value(points: Tensor) -> Tensor:
+        total = torch.zeros(len(points), *best.shape, dtype=points.dtype)
+        if bool(best.isfinite().all()):
+            total = total + _log_improvement(objective, points, best)
+        for limit in limits:
+            total = total + _log_feasibility(limit, points)
+        return total.logsumexp(-1) - math.log(total.shape[-1]) if best.dim() else total
+
+    return value
+
+
+def incumbents(X: Tensor, Y: Tensor, constraints: int = 0) -> Tensor:
+    """The points (k, dim) to search around: the best three, or those on the Pareto front.
+
+    While no point meets the constraints, those that violate them least.
+    """
+    values, limits = Y.split([Y.shape[1] - constraints, constraints], -1)
+    violation = limits.clamp_min(0.0).sum(-1)
+    if not bool((violation <= 0).any()):
+        return X[violation.argsort()[:3]]
+    X, values = X[violation <= 0], values[violation <= 0]
+    if values.shape[1] == 1:
+        return X[values[:, 0].argsort(descending=True, stable=True)[:3]]
+    return X[is_non_dominated(values)]
+
+
+def maximize_acquisition(
+    acquisition: Acquisition,
+    space: Space,
+    incumbents: Tensor,
+    *,
+    known: Tensor,
+    fixed: Mapping[str, Any] | None = None,
+    belief: Belief | None = None,
+    num_candidates: int = 1024,
+    seed: int = 0,
+) -> Tensor:
+    """The point (dim,) that `suggest` describes.
+
+    Scrambled Sobol points and perturbed incumbents, all valid, are compared in one batch. The best
+    are improved, in turn, by gradients in their continuous columns, all at once, and by their
+    neighbours in the discrete ones. A space of few points is compared as a whole.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hold, free = hold_fixed(space, fixed or {})
+    if space.size <= num_candidates:
+        candidates = hold(space.enumerate()).unique(dim=0)
+    else:
+        draws = [space.sobol(num_candidates, seed=seed)]
+        if belief is not None:
+            draws.append(belief.sobol(num_candidates // 2, seed=seed + 1))
+        draws.append(_perturb(space, incumbents, num_candidates // 2, generator))
+        candidates = hold(torch.cat(draws))
+    values = _evaluate(acquisition, candidates)
+    if space.size > num_candidates:
+        starts = candidates[values.argsort(descending=True, stable=True)[:STARTS]]
+        near = hold(_perturb(space, starts, num_candidates // 4, generator))
+        pool, pool_values = [candidates, near], [values, _evaluate(acquisition, near)]
+        both, both_values = torch.cat(pool), torch.cat(pool_values)
+        x = both[both_values.argsort(descending=True, stable=True)[:STARTS]]
+        for _ in range(ROUNDS):
+            x = _climb(acquisition, x, space.continuous & free)
+            pool.append(x)
+            pool_values.append(_evaluate(acquisition, x))
+            before, x = x, _step(acquisition, space, x, pool_values[-1], free)
+            if torch.equal(before, x):
+                break
+        else:
+            pool.append(x)
+            pool_values.append(_evaluate(acquisition, x))
+        candidates, values = torch.cat(pool), torch.cat(pool_values)
+    for x in candidates[values.argsort(descending=True, stable=True)]:
+        if not is_known(x, known):
+            return x
+    for x in hold(space.uniform(num_candidates, generator=generator)):
+        if not is_known(x, known):
+            return x
+    return candidates[values.argmax()]
+
+
+def is_known(x: Tensor, known: Tensor) -> bool:
+    """Whether x (dim,) is one of `known` (n, dim)."""
+    return bool(((known - x).abs() < SAME).all(-1).any())
+
+
+class Belief:
+    """Where the user thinks that the optimum lies; its weight fades as observations come.
+
+    A parameter lies with probability 9/10 in its interval, whose edges are smooth, or among its
+    choices, and otherwise anywhere. The acquisition is multiplied by density ^ (beta / n).
+
+    Args:
+        space: its parameters.
+        optimum: by parameter, an interval (low, high), or one or several choices; names that are
+            not in the space are ignored.
+        beta: trials until a belief has the weight of a likelihood.
+
+    Raises:
+        ValueError: an interval or a choice outside the parameter's range.
+
+    Reference: Hvarfner et al., piBO: Augmenting Acquisition Functions with User Beliefs, ICLR 2022,
+    arXiv 2204.11051, equation 6; intervals as in Müller et al., PFNs4BO, ICML 2023, section 5.
+    """
+
+    SURE = 0.9
+
+    def __init__(self, space: Space, optimum: Mapping[str, Any], beta: float = 10.0) -> None:
+        self.space, self.beta = space, beta
+        self.intervals: dict[int, tuple[float, float]] = {}
+        self.choices: dict[int, Tensor] = {}
+        for index, parameter in enumerate(space.parameters):
+            if parameter.name not in optimum:
+                continue
+            wanted = optimum[parameter.name]
+            if parameter.is_one_hot:
+                self.choices[index] = self._among(parameter.name, wanted, parameter.width)
+            else:
+                self.intervals[index] = self._between(parameter.name, wanted)
+
+    def log_density(self, X: Tensor) -> Tensor:
+        """Of points (..., dim), relative to the uniform distribution."""
+        total = torch.zeros(X.shape[:-1], dtype=X.dtype)
+        for index, (low, high) in self.intervals.items():
+            column = X[..., self.space.parameters[index].start]
+            edge = 0.05 * (high - low)
+            inside = ((column - low) / edge).sigmoid() * ((high - column) / edge).sigmoid()
+            total = total + (self.SURE * inside / (high - low) + 1 - self.SURE).log()
+        for index, weights in self.choices.items():
+            total = total + (X[..., self.space.parameters[index].columns] * weights).sum(-1).log()
+        return total
+
+    def weigh(self, acquisition: Acquisition, n: int) -> Acquisition:
+        """The acquisition after n observations."""
+        power = self.beta / max(n, 1)
+        return lambda X: acquisition(X) + power * self.log_density(X)
+
+    def sobol(self, n: int, *, seed: int, skip: int = 0) -> Tensor:
+        """Valid points (n, dim) where the optimum is believed to be."""
+        X = self.space.sobol(n, seed=seed, skip=skip)
+        for index, (low, high) in self.intervals.items():
+            column = self.space.parameters[index].start
+            X[:, column] = low + X[:, column] * (high - low)
+        generator = torch.Generator().manual_seed(seed)
+        for index, weights in self.choices.items():
+            drawn = torch.multinomial(weights, skip + n, replacement=True, generator=generator)
+            columns = self.space.parameters[index].columns
+            X[:, columns] = torch.eye(len(weights), dtype=X.dtype)[drawn[skip:]]
+        return self.space.snap(X)
+
+    def _between(self, name: str, wanted: Any) -> tuple[float, float]:
+        """The ends of the interval on the column, at least a hundredth apart."""
+        template = {p.name: self.space.distributions[p.name] for p in self.space.parameters}
+        ends = wanted if isinstance(wanted, tuple | list) and len(wanted) == 2 else (wanted, wanted)
+        distribution: Any = template[name]
+        column = next(p.start for p in self.space.parameters if p.name == name)
+        units = []
+        for end in ends:
+            single = Space({name: distribution})
+            try:
+                inside = distribution.low <= end <= distribution.high
+            except (AttributeError, TypeError):
+                inside = hasattr(distribution, "choices") and end in distribution.choices
+            if not inside:
+                raise ValueError(
+                    f"Expected prior_optimum of {name!r} within {distribution}; got {wanted!r}."
+                )
+            units.append(float(single.encode({name: end})[0]))
+        assert column < self.space.dim
+        low, high = min(units), max(units)
+        half = max(0.0, 0.01 - (high - low)) / 2
+        return low - half, high + half
+
+    def _among(self, name: str, wanted: Any, width: int) -> Tensor:
+        """The probability of each choice times their number."""
+        distribution: Any = self.space.distributions[name]
+        several = wanted if isinstance(wanted, list | tuple | set) else [wanted]
+        if not several or any(choice not in distribution.choices for choice in several):
+            raise ValueError(
+                f"Expected prior_optimum of {name!r} among {distribution.choices}; got {wanted!r}."
+            )
+        weights = torch.full((width,), 1 - self.SURE, dtype=torch.float64)
+        for choice in several:
+            weights[distribution.choices.index(choice)] += self.SURE * width / len(several)
+        return weights
+
+
+def _fantasize(model: Model, pending: Tensor, seed: int) -> Model:
+    """The model of batch_shape (FANTASIES,) that saw its own joint draws at the pending points."""
+    some: Any = model
+    with torch.no_grad():
+        sampler = get_sampler(some.posterior(pending), torch.Size([FANTASIES]), seed=seed)
+        fantasies: Model = some.fantasize(pending, sampler=sampler)
+    return fantasies
+
+
+def _log_improvement(model: Model, X: Tensor, best: Tensor) -> Tensor:
+    """log E[max(f - best, 0)] at X (n, dim), (n,) or (n, fantasy) as `best` is () or (fantasy,)."""
+    best = best.unsqueeze(-1)
+    if isinstance(model, PriorFitted):
+        return _predictives(model, X).log_expected_improvement(best).movedim(-1, 0)
+    posterior: Any = model.posterior(_alone(model, X))
+    if hasattr(posterior, "log_expected_improvement"):
+        return posterior.log_expected_improvement(best)
+    return LogExpectedImprovement(model, best)(_alone(model, X))
+
+
+def _log_feasibility(model: Model, X: Tensor) -> Tensor:
+    """log P(constraint <= 0) at X (n, dim), (n,) or (n, fantasy), from mean and variance."""
+    mean, variance = _moments(model, X)
+    return torch.special.log_ndtr(-mean / variance.clamp_min(1e-18).sqrt())
+
+
+def _moments(model: Model, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior means and variances at X (n, dim), each (n,) or (n, fantasy)."""
+    if isinstance(model, PriorFitted):
+        predictives = _predictives(model, X)
+        return predictives.mean.movedim(-1, 0), predictives.variance.movedim(-1, 0)
+    posterior: Any = model.posterior(_alone(model, X))
+    return posterior.mean[..., 0, 0], posterior.variance[..., 0, 0]
+
+
+def _alone(model: Model, X: Tensor) -> Tensor:
+    """X (n, dim) as n batches of one point, the same for each fantasy: (n x fantasy x 1 x dim)."""
+    batch = model.batch_shape
+    points = X.reshape(len(X), *[1] * len(batch), 1, X.shape[-1])
+    return points.expand(len(X), *batch, 1, X.shape[-1])
+
+
+def _predictives(model: PriorFitted, X: Tensor) -> Predictive:
+    """Of batch_shape (fantasy, n): the network sees each fantasy once, not once for each point."""
+    posterior: Any = model.posterior(X.expand(*model.batch_shape, *X.shape))
+    return posterior.marginals
+
+
+def _hypervolume(
+    model: Model, X: Tensor, Y: Tensor, constraints: int, pending: Tensor | None, seed: int
+) -> Acquisition:
+    """qLogNEHVI of processes; of other models, whose joint draws cost more, qLogEHVI.
+
+    The latter compares with the posterior means at the evaluated points, and points without an
+    answer are fantasised once.
+    """
+    count = Y.shape[1] - constraints
+    values, limits = Y.split([count, constraints], -1)
+    met = (limits <= 0).all(-1)
+    reference = _reference_point(values[met] if bool(met.any()) else values)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)  # BoTorch draws some seeds from the global state
+        here: Any = model.posterior(X[:1])
+        sampler = get_sampler(here, torch.Size([DRAWS]), seed=seed)
+        common: dict[str, Any] = {
+            "ref_point": reference,
+            "sampler": sampler,
+            "objective": IdentityMCMultiOutputObjective(outcomes=list(range(count))),
+            "constraints": [_column(i) for i in range(count, Y.shape[1])] or None,
+        }
+        parts: list[Any] = [model.subset_output([i]) for i in range(Y.shape[1])]
+        if all(isinstance(part, GPyTorchModel) for part in parts):
+            acquisition: Any = qLogNoisyExpectedHypervolumeImprovement(
+                model, X_baseline=X, X_pending=pending, prune_baseline=True, **common
+            )
+        else:
+            if pending is not None:
+                parts = [_answer(part, pending, seed) for part in parts]
+                X = torch.cat([X, pending])
+            means = torch.stack([_moments(part, X)[0] for part in parts], -1)  # (n, m)
+            met = (means[:, count:] <= 0).all(-1)
+            front: Any = FastNondominatedPartitioning(reference, means[met, :count])
+            acquisition = qLogExpectedHypervolumeImprovement(
+                ModelList(*parts), partitioning=front, **common
+            )
+    return lambda points: acquisition(points.unsqueeze(-2))
+
+
+def _column(index: int) -> Acquisition:
+    return lambda outcomes: outcomes[..., index]
+
+
+def _reference_point(values: Tensor) -> Tensor:
+    """A tenth of the range below the worst on the front, and below nine tenths of all values.
+
+    A young front is short; measured from its own ends, nothing beyond them would count.
+    """
+    front = values[is_non_dominated(values)]
+    worst = torch.minimum(front.amin(0), values.quantile(0.1, dim=0))
+    spread = front.amax(0) - worst
+    return worst - 0.1 * torch.where(spread > 0, spread, front.amax(0).abs().clamp_min(1.0))
+
+
+def _answer(model: Model, pending: Tensor, seed: int) -> Model:
+    """The model that saw one joint draw of itself at the pending points."""
+    posterior: Any = model.posterior(pending, observation_noise=True)
+    draw = get_sampler(posterior, torch.Size([1]), seed=seed)(posterior)[0]
+    return model.condition_on_observations(pending, draw)
+
+
+def hold_fixed(space: Space, fixed: Mapping[str, Any]) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """What sets the columns of fixed parameters, and which columns are free (dim,)."""
+    names = [p for p in space.parameters if p.name in fixed]
+    free = torch.ones(space.dim, dtype=torch.bool)
+    values = torch.zeros(space.dim, dtype=torch.float64)
+    for parameter in names:
+        free[parameter.columns] = False
+        single = Space({parameter.name: parameter.distribution})
+        values[parameter.columns] = single.encode({parameter.name: fixed[parameter.name]})
+    return lambda X: torch.where(free, X, values), free
+
+
+def _perturb(space: Space, X: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """`n` points around X: steps of several scales, in few columns or all."""
+    pick = torch.arange(n) % len(X)
+    scale = torch.tensor(SCALES, dtype=torch.float64)
+    scale = scale[torch.randint(len(SCALES), (n, 1), generator=generator)]
+    few = min(1.0, 2.0 / max(1, len(space.parameters)))
+    change = torch.tensor([few, 0.5, 1.0], dtype=torch.float64)
+    change = change[torch.randint(3, (n, 1), generator=generator)]
+    return space.perturb(X[pick], scale, change, generator=generator)
+
+
+@torch.no_grad()
+def _evaluate(acquisition: Acquisition, X: Tensor) -> Tensor:
+    values = torch.cat([acquisition(part) for part in X.split(CHUNK)])
+    return values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _climb(acquisition: Acquisition, X: Tensor, columns: Tensor) -> Tensor:
+    """X (k, dim) after a few steps of L-BFGS in some columns, all points at once."""
+    if not bool(columns.any()):
+        return X
+
+    def negative(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        moved = torch.from_numpy(flat.reshape(len(X), -1)).requires_grad_()
+        points = X.clone()
+        points[:, columns] = moved
+        total = -acquisition(points).sum()
+        (gradient,) = torch.autograd.grad(total, moved)
+        return total.item(), gradient.nan_to_num(0.0, 0.0, 0.0).numpy().ravel()
+
+    start = X[:, columns].numpy().ravel()
+    options = {"maxiter": EVALUATIONS, "maxfun": EVALUATIONS}
+    found = minimize(
+        negative,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0.0, 1.0)] * len(start),
+        options=options,
+    )
+    climbed = X.clone()
+    climbed[:, columns] = torch.from_numpy(found.x.reshape(len(X), -1)).clamp(0.0, 1.0)
+    return climbed
+
+
+def _step(
+    acquisition: Acquisition, space: Space, X: Tensor, values: Tensor, free: Tensor
+) -> Tensor:
+    """Each of X (k, dim), or the best of its neighbours in discrete parameters if better."""
+    names = {p.name for p in space.parameters if bool(free[p.start])}
+    near = [space.neighbours(x, names) for x in X]
+    sizes = [len(rows) for rows in near]
+    if not sum(sizes):
+        return X
+    scores = _evaluate(acquisition, torch.cat(near)).split(sizes)
+    best = []
+    for x, value, rows, score in zip(X, values, near, scores, strict=True):
+        better = len(rows) and bool(score.max() > value)
+        best.append(rows[score.argmax()] if better else x)
+    return torch.stack(best)

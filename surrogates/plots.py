@@ -1,0 +1,201 @@
+"""Figures of a study: best so far, the surrogate along each parameter, fronts. Needs matplotlib.
+
+Pareto fronts and parallel coordinates are Optuna's own.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.search_space import intersection_search_space
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+from torch.distributions import Normal
+
+from pfn.plot import BANDS, BLUE, GREY, INK, import_pyplot, quiet
+from surrogates.acquisition import incumbents, make_acquisition
+from surrogates.prior_fitted import PriorFitted
+from surrogates.sampler import PFNSampler, counted
+from surrogates.spaces import Space
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SLICES = 4  # parameters that `plot_result` shows
+POINTS = 200  # of a curve
+
+
+def plot_result(study: Study) -> Figure:
+    """Best so far over slices of the surrogate; the Pareto front of several objectives."""
+    plt = import_pyplot()
+    if len(study.directions) > 1:
+        axes: Any = (plot_front if len(study.directions) < 4 else plot_parallel)(study)
+        whole: Figure = axes.get_figure()
+        return whole
+    sampler = study.sampler
+    names = list(_space(study).parameters)[:SLICES]
+    if not isinstance(sampler, PFNSampler) or not sampler.has_surrogate or not names:
+        figure, ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+        plot_best(study, ax)
+        return figure
+    figure = plt.figure(figsize=(max(6.4, 2.6 * len(names)), 6.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2, 3))
+    plot_best(study, top.subplots())
+    plot_slices(study, [parameter.name for parameter in names], bottom)
+    return figure
+
+
+def plot_best(study: Study, ax: Axes | None = None) -> Axes:
+    """Each evaluation's value, and the best so far; failed evaluations are ticks below."""
+    if len(study.directions) > 1:
+        raise ValueError("Expected a study of one objective; plot_front shows several.")
+    ax = import_pyplot().subplots(layout="constrained")[1] if ax is None else ax
+    trials = counted(study.get_trials(deepcopy=False))
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and math.isfinite(t.values[0])]
+    numbers = [trial.number for trial in complete]
+    values = [trial.values[0] for trial in complete]
+    sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+    scores = [
+        sign * v if _is_feasible(t) else -math.inf for t, v in zip(complete, values, strict=True)
+    ]
+    best = sign * np.maximum.accumulate(np.array(scores, dtype=np.float64))
+    ax.scatter(numbers, values, s=16, color=GREY, lw=0, label="evaluations")
+    ax.step(numbers, best, where="post", color=BLUE, lw=2, label="best so far")
+    failed = [trial.number for trial in trials if trial.state == TrialState.FAIL]
+    if failed:
+        height = ax.get_xaxis_transform()
+        ax.plot(failed, [0.02] * len(failed), "|", color=INK, transform=height, label="failed")
+    ax.set_xlabel("trial", color=INK)
+    ax.set_ylabel("value", color=INK)
+    quiet(ax)
+    ax.legend(frameon=False, fontsize="small", labelcolor=INK)
+    return ax
+
+
+def plot_slices(
+    study: Study, names: list[str] | None = None, figure: Any | None = None
+) -> list[Axes]:
+    """The surrogate along parameters through the best point, and the acquisition below.
+
+    Mean, 50 % and 90 % intervals of the noise-free function, in the objective's units; dots are all
+    evaluations, wherever they lie in the other parameters.
+
+    Args:
+        names: of parameters; all by default.
+        figure: where to draw; a new one by default.
+
+    Returns:
+        The Axes of the slices, then those of the acquisition.
+
+    Raises:
+        ValueError: a study without a `PFNSampler` that has a surrogate, or with several objectives.
+    """
+    sampler = study.sampler
+    if (
+        len(study.directions) > 1
+        or not isinstance(sampler, PFNSampler)
+        or not sampler.has_surrogate
+    ):
+        raise ValueError(
+            "Expected a study of one objective whose sampler is a PFNSampler with a surrogate; got "
+            f"{len(study.directions)} objective(s) and {sampler}."
+        )
+    space = _space(study)
+    names = [parameter.name for parameter in space.parameters] if names is None else names
+    model, history = sampler.fit(study, space)
+    objective = model.subset_output([0]) if history.Y.shape[1] > 1 else model
+    acquisition = make_acquisition(
+        model, history.X, history.Y, constraints=history.constraints, pending=history.pending,
+        seed=sampler.seed,
+    )  # fmt: skip
+    best = incumbents(history.X, history.Y, history.constraints)[0]
+    sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+
+    def in_units(y: Tensor) -> Any:
+        return (sign * (history.center[0] + history.scale[0] * y)).numpy()
+
+    if figure is None:
+        size = (max(4.0, 2.6 * len(names)), 4.2)
+        figure = import_pyplot().figure(figsize=size, layout="constrained")
+    grid = figure.subplots(2, len(names), sharey="row", squeeze=False, height_ratios=(3, 1))
+    for name, upper, lower in zip(names, *grid, strict=True):
+        parameter = next(p for p in space.parameters if p.name == name)
+        line = best.repeat(len(space.values(name, POINTS)), 1)
+        line[:, parameter.columns] = space.values(name, POINTS)
+        x = [space.decode(point)[name] for point in line]
+        with torch.no_grad():
+            law, score = _marginals(objective, line), acquisition(line)
+            for mass, color in BANDS.items():
+                ends = torch.tensor([(1 - mass) / 2, (1 + mass) / 2], dtype=line.dtype)
+                low, high = (in_units(law.icdf(end)) for end in ends)
+                if parameter.is_one_hot:
+                    upper.vlines(range(len(x)), low, high, color=color, lw=8)
+                else:
+                    upper.fill_between(x, low, high, color=color, lw=0)
+            style = "o" if parameter.is_one_hot else "-"
+            ticks = list(range(len(x))) if parameter.is_one_hot else x
+            upper.plot(ticks, in_units(law.mean), style, color=BLUE, lw=2)
+            lower.plot(ticks, score.numpy(), style, color=INK, lw=1)
+        seen = [space.decode(point)[name] for point in history.X]
+        seen = [x.index(value) for value in seen] if parameter.is_one_hot else seen
+        upper.scatter(seen, in_units(history.Y[:, 0]), s=10, color=INK, lw=0, zorder=3)
+        for ax in (upper, lower):
+            if parameter.is_one_hot:
+                ax.set_xticks(ticks, [str(value) for value in x])
+            elif getattr(parameter.distribution, "log", False):
+                ax.set_xscale("log")
+            quiet(ax)
+        lower.set_xlabel(name, color=INK)
+    grid[0, 0].set_ylabel("value", color=INK)
+    grid[1, 0].set_ylabel("log acquisition", color=INK)
+    return [*grid[0], *grid[1]]
+
+
+def plot_front(study: Study) -> Axes:
+    """Optuna's plot of the Pareto front, of two or three objectives."""
+    return _optuna("plot_pareto_front", study)
+
+
+def plot_parallel(study: Study, objective: int = 0) -> Axes:
+    """Optuna's parallel coordinates, coloured by an objective."""
+    if len(study.directions) == 1:
+        return _optuna("plot_parallel_coordinate", study)
+    return _optuna(
+        "plot_parallel_coordinate",
+        study,
+        target=lambda trial: trial.values[objective],
+        target_name=f"objective {objective}",
+    )
+
+
+def _optuna(name: str, study: Study, **options: Any) -> Any:
+    import_pyplot()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return getattr(optuna.visualization.matplotlib, name)(study, **options)
+
+
+def _space(study: Study) -> Space:
+    """The parameters that all trials share."""
+    trials = counted(study.get_trials(deepcopy=False))
+    return Space(intersection_search_space(trials, include_pruned=True))
+
+
+def _is_feasible(trial: FrozenTrial) -> bool:
+    return all(limit <= 0 for limit in getattr(trial, "constraints", {}).values())
+
+
+def _marginals(model: Any, X: Tensor) -> Any:
+    """Distributions at X (n, dim), of batch_shape (n,)."""
+    if isinstance(model, PriorFitted):
+        exact: Any = model.posterior(X)
+        return exact.marginals
+    posterior = model.posterior(X.unsqueeze(-2))
+    return Normal(posterior.mean[:, 0, 0], posterior.variance[:, 0, 0].clamp_min(1e-18).sqrt())

@@ -1,0 +1,221 @@
+"""Suggestions maximise what they say, are valid, new, and the same for the same seed."""
+
+import math
+import time
+
+import pytest
+import torch
+from botorch.acquisition.analytic import LogExpectedImprovement
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from torch.distributions import Normal
+
+import surrogates
+from surrogates.acquisition import (
+    Belief,
+    incumbents,
+    is_known,
+    make_acquisition,
+    maximize_acquisition,
+    suggest,
+)
+from surrogates.spaces import Space
+
+CUBE = Space({f"x{i}": FloatDistribution(0.0, 1.0) for i in range(2)})
+MIXED = Space(
+    {
+        "x": FloatDistribution(0.0, 1.0),
+        "k": IntDistribution(0, 6),
+        "c": CategoricalDistribution(["a", "b", "c"]),
+    }
+)
+KINDS = torch.tensor([0.0, 0.7, 0.2], dtype=torch.float64)
+
+
+def bowl(X):
+    return -(X - 0.3).square().sum(-1, keepdim=True)
+
+
+def data(f, n=12, space=CUBE):
+    X = space.sobol(n, seed=7)
+    Y = f(X)
+    return X, (Y - Y.mean(0)) / Y.std(0)
+
+
+def mixed(X):
+    """Best at x = 0.6, k = 4, c = b."""
+    return -((X[:, :1] - 0.6) ** 2 + (X[:, 1:2] - 4 / 6) ** 2) + (X[:, 2:] @ KINDS).unsqueeze(-1)
+
+
+def test_without_constraints_it_is_botorchs_log_expected_improvement():
+    X, Y = data(bowl)
+    model = surrogates.fit("gp", X, Y)
+    best = model.posterior(X).mean.max()
+    points = CUBE.sobol(32, seed=1)
+    expected = LogExpectedImprovement(model, best)(points.unsqueeze(-2))
+    value = make_acquisition(model, X, Y)(points)
+    assert torch.allclose(value, expected, atol=1e-6)  # float64, another batch shape
+
+
+def test_a_constraint_adds_the_logarithm_of_its_probability():
+    X, Y = data(lambda X: torch.cat([bowl(X), X[:, :1] - 0.25], -1))
+    Y[:, 1] = X[:, 0] - 0.25
+    model = surrogates.fit("gp", X, Y)
+    points = CUBE.sobol(32, seed=1)
+    posterior = model.posterior(points.unsqueeze(-2))
+    means = model.posterior(X.unsqueeze(-2)).mean[:, 0, 0]
+    best = means[Y[:, 1] <= 0].max()
+    first = LogExpectedImprovement(model.subset_output([0]), best)(points.unsqueeze(-2))
+    law = Normal(posterior.mean[:, 0, 1], posterior.variance[:, 0, 1].sqrt())
+    value = make_acquisition(model, X, Y, constraints=1)(points).detach()
+    probable = value > -20  # where the cdf is no zero in float64
+    expected = first + law.cdf(torch.tensor(0.0)).log()
+    assert bool(probable.any())
+    assert torch.allclose(value[probable], expected[probable], atol=1e-4)
+
+
+def test_while_nothing_is_feasible_only_feasibility_counts():
+    X, Y = data(lambda X: torch.cat([bowl(X), X[:, :1]], -1))
+    Y[:, 1] = 0.2 + (1 - X[:, 0])  # always violated, least at x0 = 1
+    model = surrogates.fit("gp", X, Y)
+    x = suggest(model, X, Y, CUBE, constraints=1, num_candidates=256)
+    assert float(x[0]) > 0.95
+
+
+@pytest.mark.parametrize("surrogate", ["gp", "pfn"])
+def test_a_pending_point_is_worth_less_and_not_suggested_again(surrogate, untrained):
+    X, Y = data(bowl)
+    options = {"model": untrained} if surrogate == "pfn" else {}
+    model = surrogates.fit(surrogate, X, Y, **options)
+    pending = suggest(model, X, Y, CUBE, num_candidates=256).unsqueeze(0)
+    before = make_acquisition(model, X, Y)
+    after = make_acquisition(model, X, Y, pending=pending)
+    points = CUBE.sobol(16, seed=4)
+    assert after(points).shape == (16,)
+    if surrogate == "gp":  # the untrained network knows nothing of correlations
+        assert bool((after(pending) < before(pending) - 0.3).all())
+    again = suggest(model, X, Y, CUBE, pending=pending, num_candidates=256)
+    assert not is_known(again, pending)
+
+
+def test_suggestions_repeat_for_a_seed_and_leave_the_global_state_alone():
+    X, Y = data(bowl)
+    model = surrogates.fit("gp", X, Y)
+    torch.manual_seed(3)
+    first = suggest(model, X, Y, CUBE, seed=5, num_candidates=256)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), after)
+    assert torch.equal(first, suggest(model, X, Y, CUBE, seed=5, num_candidates=256))
+
+
+def test_gradients_and_neighbours_find_the_best_point_of_a_mixed_space():
+    best = torch.tensor([0.6123, 4 / 6, 0.0, 1.0, 0.0], dtype=torch.float64)
+    start = MIXED.sobol(1, seed=0)
+
+    def acquisition(X):
+        return -100 * (X - best).square().sum(-1)
+
+    x = maximize_acquisition(acquisition, MIXED, start, known=start, num_candidates=64)
+    assert torch.equal(MIXED.snap(x), x)
+    assert torch.allclose(x, best, atol=1e-4)  # of L-BFGS after 20 evaluations
+
+
+def test_fixed_parameters_stay():
+    X, Y = data(mixed, 20, MIXED)
+    model = surrogates.fit("gp", X, Y)
+    x = suggest(model, X, Y, MIXED, fixed={"k": 1, "c": "c"}, num_candidates=128)
+    params = MIXED.decode(x)
+    assert (params["k"], params["c"]) == (1, "c")
+
+
+def test_a_finite_space_is_searched_as_a_whole_and_without_repetition():
+    space = Space({"k": IntDistribution(0, 4), "c": CategoricalDistribution(["a", "b"])})
+    everything = space.enumerate()
+    known = everything[:1]
+
+    def acquisition(X):
+        return X[:, 0] + X[:, 1]
+
+    for _ in range(len(everything) - 1):
+        x = maximize_acquisition(acquisition, space, known[:1], known=known)
+        assert not is_known(x, known)
+        known = torch.cat([known, x.unsqueeze(0)])
+    x = maximize_acquisition(acquisition, space, known[:1], known=known)
+    assert is_known(x, known)  # exhausted
+
+
+@pytest.mark.parametrize("constraints", [0, 1])
+@pytest.mark.parametrize("pending", [False, True])
+def test_several_objectives_look_between_their_optima(constraints, pending):
+    def outcomes(X):
+        parts = [bowl(X), -(X - 0.7).square().sum(-1, keepdim=True)]
+        return torch.cat([*parts, *[X[:, :1] - 0.9] * constraints], -1)
+
+    X, Y = data(outcomes)
+    if constraints:
+        Y[:, 2] = X[:, 0] - 0.9
+    model = surrogates.fit("gp", X, Y)
+    waiting = torch.full((1, 2), 0.5, dtype=torch.float64) if pending else None
+    x = suggest(model, X, Y, CUBE, constraints=constraints, pending=waiting, num_candidates=128)
+    assert bool(((x > 0.2) & (x < 0.8)).all())
+
+
+def test_several_objectives_of_a_model_that_is_no_process(untrained):
+    X, Y = data(lambda X: torch.cat([bowl(X), -(X - 0.7).square().sum(-1, keepdim=True)], -1))
+    model = surrogates.fit("pfn", X, Y, model=untrained)
+    for waiting in (None, X[:2] * 0.9):
+        x = suggest(model, X, Y, CUBE, pending=waiting, num_candidates=32)
+        assert bool(((x >= 0) & (x <= 1)).all())
+
+
+def test_incumbents_are_feasible_or_least_infeasible():
+    X = torch.arange(4.0).unsqueeze(-1).double()
+    Y = torch.tensor([[3.0, 1.0], [2.0, -1.0], [1.0, -1.0], [0.0, 2.0]]).double()
+    assert incumbents(X, Y, 1).squeeze(-1).tolist() == [1.0, 2.0]
+    assert incumbents(X, Y + 2, 1).squeeze(-1).tolist() == [1.0, 2.0, 0.0]
+    assert incumbents(X, Y).squeeze(-1).tolist() == [0.0, 3.0]  # a front
+
+
+def test_a_belief_draws_where_it_says_and_fades():
+    space = Space(
+        {"lr": FloatDistribution(1e-6, 1.0, log=True), "c": CategoricalDistribution(["a", "b"])}
+    )
+    belief = Belief(space, {"lr": (1e-4, 1e-2), "c": "b"}, beta=10.0)
+    X = belief.sobol(256, seed=0)
+    assert bool(((X[:, 0] >= 1 / 3 - 1e-9) & (X[:, 0] <= 2 / 3 + 1e-9)).all())
+    share = float(X[:, 2].mean())
+    assert abs(share - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 256)
+    grid = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    line = torch.stack([grid, torch.zeros_like(grid), torch.ones_like(grid)], -1)
+    other = line[:, [0, 2, 1]]
+    mass = 0.5 * (belief.log_density(line).exp().mean() + belief.log_density(other).exp().mean())
+    assert float(mass) == pytest.approx(1.0, abs=0.02)  # edges are smooth
+    inside, outside = belief.log_density(line[[10000, 0]])
+
+    def flat(X):
+        return torch.zeros(len(X), dtype=X.dtype)
+
+    early, late = (belief.weigh(flat, n)(line[[10000, 0]]) for n in (1, 1000))
+    assert float(early[0] - early[1]) == pytest.approx(10 * float(inside - outside))
+    assert float(late[0] - late[1]) == pytest.approx(0.01 * float(inside - outside))
+
+
+def test_a_belief_outside_the_range_is_refused():
+    for wanted in ((-1.0, 0.5), 2.0, "a"):
+        with pytest.raises(ValueError, match="prior_optimum"):
+            Belief(CUBE, {"x0": wanted})
+    with pytest.raises(ValueError, match="among"):
+        Belief(MIXED, {"c": "z"})
+
+
+def test_a_suggestion_takes_less_than_a_third_of_a_second():
+    space = Space({f"x{i}": FloatDistribution(0.0, 1.0) for i in range(6)})
+    X = space.sobol(50, seed=0)
+    Y = bowl(X)
+    model = surrogates.fit("gp", X, (Y - Y.mean()) / Y.std())
+    seconds = []
+    for seed in range(3):
+        start = time.process_time()
+        suggest(model, X, Y, space, seed=seed)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.3

@@ -1,0 +1,395 @@
+"""Loops lose nothing: exceptions, hangs, NaN, kills, several processes, Ctrl-C."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from surrogates.optimize import RETRY, load_objective, maximize, minimize, recover, spent
+from surrogates.plots import plot_parallel
+from surrogates.sampler import LOST, PFNSampler, counted, stamp, write_attribute
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+BOX = [(0.0, 1.0), (0.0, 1.0)]
+GRID = {"i": IntDistribution(0, 7), "j": IntDistribution(0, 7)}
+QUICK = {"num_candidates": 64}
+
+SCRIPT = """
+import os, sys, time
+from optuna.distributions import IntDistribution
+from surrogates.optimize import minimize
+
+def f(x):
+    time.sleep(float(os.environ["NAP"]))
+    if isinstance(x, dict):
+        return float(x["i"] + x["j"])
+    return float(((x - 0.3) ** 2).sum())
+
+grid = {"i": IntDistribution(0, 7), "j": IntDistribution(0, 7)}
+storage, surrogate, budget, space, workers = sys.argv[1:]
+minimize(f, grid if space == "grid" else [(0.0, 1.0)] * 2, int(budget), surrogate,
+         storage=storage, workers=int(workers), num_candidates=64)
+"""
+
+
+def bowl(x):
+    return float(((x - 0.3) ** 2).sum())
+
+
+def start(folder, storage, surrogate, budget, space="box", nap=0.0, workers=1):
+    path = folder / "script.py"
+    path.write_text(SCRIPT)
+    command = [sys.executable, str(path), storage, surrogate, str(budget), space, str(workers)]
+    return subprocess.Popen(command, env={**ENV, "NAP": str(nap)}, cwd=folder)
+
+
+def wait_for(storage, condition, seconds=90):
+    """The study once `condition` holds of its trials."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            study = optuna.load_study(study_name="pfn", storage=storage)
+            if condition(study.get_trials()):
+                return study
+        except Exception:  # the file is not there yet, or half made
+            pass
+        time.sleep(0.05)
+    raise AssertionError("the other process is not where it should be")
+
+
+def count(trials, state):
+    return sum(trial.state == state for trial in trials)
+
+
+def points(study):
+    return [tuple(t.params.values()) for t in counted(study.trials) if t.state.is_finished()]
+
+
+def test_a_vector_or_a_dict_goes_in_and_comes_out():
+    result = minimize(bowl, BOX, budget=10, surrogate="gp", **QUICK)
+    assert isinstance(result.x, np.ndarray) and result.x.shape == (2,)
+    assert result.value == bowl(result.x) < 0.02
+    space = {"k": IntDistribution(0, 9), "c": CategoricalDistribution(["a", "b"])}
+    result = maximize(lambda p: p["k"] - (p["c"] == "a"), space, budget=20, surrogate="sobol")
+    assert result.x == {"k": 9, "c": "b"} and result.value == 9.0
+    assert len(set(points(result.study))) == 20
+
+
+def test_the_trace_has_a_row_for_each_evaluation():
+    trace = maximize(bowl, BOX, budget=5, surrogate="random").trace
+    assert list(trace.columns) == [
+        "number",
+        "state",
+        "value",
+        "best",
+        "x0",
+        "x1",
+        "seconds",
+        "error",
+    ]
+    assert trace.best.tolist() == trace.value.cummax().tolist()
+
+
+def test_exceptions_nan_and_infinities_are_stepped_over(caplog):
+    def f(params):
+        k = params["k"]
+        if k == 0:
+            raise RuntimeError("no licence")
+        return {1: math.nan, 2: -math.inf, 3: math.inf, 4: "text", 5: None}.get(k, k)
+
+    result = minimize(f, {"k": IntDistribution(0, 9)}, budget=10, surrogate="gp", **QUICK)
+    assert sorted(point[0] for point in points(result.study)) == list(range(10))
+    trace = result.trace.set_index("k")
+    assert (trace.state[[0, 1, 2, 4, 5]] == "fail").all()
+    assert (trace.state[[3, 6, 7, 8, 9]] == "complete").all()
+    assert trace.value[3] == math.inf
+    assert "RuntimeError: no licence" in trace.error[0] and "test_optimize.py" in trace.error[0]
+    assert "nan" in trace.error[1] and "number" in trace.error[4]
+    assert result.x == {"k": 6}
+    assert "no licence" in caplog.text
+
+
+def test_where_everything_fails_there_is_no_best():
+    with pytest.warns(UserWarning, match="No evaluation of 3 succeeded.*division"):
+        result = minimize(lambda x: 1 / 0, BOX, 3, "sobol")
+    assert result.x is None and math.isnan(result.value)
+    assert str(result) == "no evaluation succeeded"
+
+
+def test_hanging_evaluations_are_killed_with_all_they_started(tmp_path):
+    def f(params):
+        if params["k"] % 2:
+            child = subprocess.Popen(["sleep", "60"])
+            (tmp_path / f"{params['k']}").write_text(str(child.pid))
+            time.sleep(60)
+        if params["k"] == 4:
+            os._exit(7)
+        return params["k"]
+
+    before = time.monotonic()
+    space = {"k": IntDistribution(0, 5)}
+    result = minimize(f, space, budget=6, surrogate="sobol", trial_timeout=0.7)
+    assert time.monotonic() - before < 30
+    errors = result.trace.set_index("k").error
+    assert all("TimeoutError" in errors[k] for k in (1, 3, 5))
+    assert "code 7" in errors[4]
+    assert result.x == {"k": 0}
+    for path in tmp_path.iterdir():
+        status = Path(f"/proc/{path.read_text()}/stat")
+        assert not status.exists() or " Z " in status.read_text()
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_stopped_evaluation_is_repeated():
+    calls = []
+
+    def f(x):
+        calls.append(tuple(x))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return bowl(x)
+
+    storage = optuna.storages.InMemoryStorage()
+    result = minimize(f, BOX, budget=6, surrogate="sobol", storage=storage)
+    assert result.interrupted and len(result.trace) == 3
+    assert result.value == min(bowl(np.array(call)) for call in calls[:3])
+    result = minimize(f, BOX, budget=6, surrogate="sobol", storage=storage)
+    assert not result.interrupted and len(result.trace) == 6
+    assert calls[4] == calls[3]
+    assert points(result.study) == points(minimize(bowl, BOX, 6, "sobol").study)
+
+
+def test_callbacks_see_each_trial_and_can_stop():
+    seen = []
+
+    def callback(study, trial):
+        seen.append(trial.number)
+        if trial.number == 2:
+            study.stop()
+
+    result = minimize(bowl, BOX, budget=9, surrogate="sobol", callbacks=[callback])
+    assert seen == [0, 1, 2] and len(result.trace) == 3
+
+
+def test_a_loop_goes_on_where_its_storage_is(tmp_path):
+    storage = f"sqlite:///{tmp_path}/a.db"
+    minimize(bowl, BOX, budget=3, surrogate="sobol", storage=storage)
+    result = minimize(bowl, BOX, budget=5, surrogate="sobol", storage=storage)
+    assert points(result.study) == points(minimize(bowl, BOX, 5, "sobol").study)
+    assert len(minimize(bowl, BOX, 4, "sobol", storage=storage).trace) == 5
+    with pytest.raises(ValueError, match="directions"):
+        maximize(bowl, BOX, 5, "sobol", storage=storage)
+    with pytest.raises(ValueError, match="space"):
+        minimize(bowl, [(0.0, 2.0)] * 2, 5, "sobol", storage=storage)
+
+
+def test_a_killed_loop_resumes_as_if_it_had_never_stopped(tmp_path):
+    storage = f"sqlite:///{tmp_path}/a.db"
+    process = start(tmp_path, storage, "gp", 8, nap=0.3)
+
+    def in_the_fifth(trials):
+        return (
+            count(trials, TrialState.COMPLETE) == 4
+            and len(trials) == 5
+            and len(trials[4].params) == 2
+        )
+
+    wait_for(storage, in_the_fifth)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = optuna.load_study(study_name="pfn", storage=storage).trials
+    assert before[4].state == TrialState.RUNNING
+    result = minimize(bowl, BOX, 8, "gp", storage=storage, **QUICK)
+    trials = result.study.trials
+    assert trials[4].state == TrialState.FAIL and LOST in trials[4].system_attrs
+    assert trials[5].user_attrs[RETRY] == 4 and trials[5].params == trials[4].params
+    assert [t.values for t in trials[:4]] == [t.values for t in before[:4]]
+    assert len(result.trace) == 8
+    assert points(result.study) == points(minimize(bowl, BOX, 8, "gp", **QUICK).study)
+
+
+def test_a_trial_whose_process_dies_twice_has_failed():
+    study = optuna.create_study()
+    for _ in range(2):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        frozen = study.trials[trial.number]
+        gone = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+        )
+        owner = f"{stamp().split(':')[0]}:{int(gone.stdout)}:1"
+        write_attribute(study, frozen, "pfn:worker", owner)
+        recover(study)
+    states = [(trial.state, LOST in trial.system_attrs) for trial in study.trials]
+    assert states == [(TrialState.FAIL, True), (TrialState.FAIL, False)]
+    assert study.trials[0].params == study.trials[1].params
+    assert spent(study) == 1
+
+
+def test_trials_of_living_processes_and_other_machines_are_left_alone():
+    study = optuna.create_study(sampler=PFNSampler("random"))
+    study.ask()
+    number = study.ask().number
+    other = study.trials[number]
+    write_attribute(study, other, "pfn:worker", "elsewhere:1:1")
+    assert recover(study) == 0
+    assert count(study.trials, TrialState.RUNNING) == 2
+
+
+def check_shared(storage, budget):
+    trials = counted(optuna.load_study(study_name="pfn", storage=storage).trials)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * budget
+    assert len({tuple(trial.params.values()) for trial in trials}) == budget
+
+
+def test_two_processes_share_a_storage_without_duplicates_or_lost_trials(tmp_path):
+    storage = f"sqlite:///{tmp_path}/a.db"
+    processes = [start(tmp_path, storage, "sobol", 40, "grid", nap=0.02) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    check_shared(storage, 40)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_hundred_trials_of_a_surrogate(tmp_path):
+    storage = f"sqlite:///{tmp_path}/a.db"
+    processes = [start(tmp_path, storage, "gp", 60, "grid", nap=0.02) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    check_shared(storage, 60)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_workers_share_the_budget(tmp_path, stored):
+    storage = f"sqlite:///{tmp_path}/a.db" if stored else None
+    result = minimize(lambda p: p["i"], GRID, 20, "sobol", storage=storage, workers=2)
+    assert len(set(points(result.study))) == len(result.trace) == 20
+    assert len({t.system_attrs["pfn:worker"] for t in result.study.trials}) == 2
+    assert result.value == 0.0
+
+
+def test_a_worker_that_dies_is_replaced_and_its_point_tried_once_more(tmp_path):
+    def f(params):
+        if (params["i"], params["j"]) == point:
+            with (tmp_path / "deaths").open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return params["i"]
+
+    point = points(minimize(lambda p: p["i"], GRID, 3, "sobol").study)[1]
+    result = minimize(f, GRID, 6, "sobol", workers=2)
+    assert (tmp_path / "deaths").read_text() == "xx"
+    assert len(result.trace) == 6
+    assert result.trace.error.dropna().tolist() == ["its process died, twice"]
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    storage = f"sqlite:///{tmp_path}/a.db"
+    process = start(tmp_path, storage, "sobol", 60, "grid", nap=0.1, workers=2)
+    study = wait_for(storage, lambda trials: count(trials, TrialState.COMPLETE) >= 3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1.5)
+    after = len(study.trials)
+    time.sleep(1.0)
+    assert len(study.trials) == after < 60
+
+
+def test_constraints_and_several_objectives():
+    def f(x):
+        return [x[0], 1 - x[0] + x[1]], {"low": 0.25 - x[0]}
+
+    result = minimize(f, BOX, budget=8, surrogate="gp", objectives=2, **QUICK)
+    assert result.value.shape == (len(result.x), 2)
+    assert all(x[0] >= 0.25 for x in result.x)
+    assert {"value_0", "value_1"} <= set(result.trace.columns)
+    assert result.plot() is not None and plot_parallel(result.study) is not None
+    assert len(json.loads(json.dumps(result.summary()))["x"]) == len(result.x)
+
+
+def test_plots_of_a_mixed_space(tmp_path):
+    space = {
+        "rate": FloatDistribution(1e-4, 1.0, log=True),
+        "layers": IntDistribution(1, 5),
+        "kind": CategoricalDistribution(["a", "b"]),
+    }
+
+    def f(params):
+        if params["layers"] == 5:
+            raise ValueError("too deep")
+        return math.log10(params["rate"]) ** 2 + params["layers"] + (params["kind"] == "a")
+
+    result = minimize(f, space, budget=8, surrogate="gp", **QUICK)
+    figure = result.plot()
+    figure.savefig(tmp_path / "a.png")
+    labels = {axes.get_xlabel() for axes in figure.axes} | {
+        axes.get_xlabel() for part in figure.subfigs for axes in part.axes
+    }
+    assert {*space, "trial"} <= labels
+    assert minimize(f, space, budget=3, surrogate="sobol").plot() is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"space": []}, "low, high"),
+        ({"space": [(1.0, 0.0)]}, "low < high"),
+        ({"space": {}}, "at least one"),
+        ({"budget": 0}, "budget"),
+        ({"workers": 0}, "workers"),
+        ({"trial_timeout": -1.0}, "trial_timeout"),
+        ({"surrogate": "magic"}, "surrogate"),
+        ({"workers": 2, "storage": optuna.storages.InMemoryStorage()}, "share"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        minimize(bowl, **{"space": BOX, "surrogate": "sobol", **arguments})
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def loss(p):\n    if p['k'] == 3:\n        raise ValueError('bad k')\n"
+        "    return (p['k'] - 2) ** 2\n"
+    )
+    (tmp_path / "space.toml").write_text("[k]\nlow = 0\nhigh = 5\n")
+    options = "--space space.toml --budget 6 --surrogate sobol --storage sqlite:///a.db".split()
+    command = [sys.executable, "-m", "pfn", "optimize", "mine:loss", *options]
+
+    def run(*more):
+        return subprocess.run(
+            [*command, *more], cwd=tmp_path, env=ENV, capture_output=True, text=True
+        )
+
+    done = run("--json", "--out", "trace.csv", "--plot", "a.png")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["x"] == {"k": 2} and answer["value"] == 0.0
+    assert answer["evaluations"] == {"complete": 5, "fail": 1}
+    assert "bad k" in done.stderr
+    assert len((tmp_path / "trace.csv").read_text().splitlines()) == 7
+    assert (tmp_path / "a.png").stat().st_size > 0
+    (tmp_path / "space.toml").write_text("[k]\nlow = 0\n")
+    bad = run()
+    assert bad.returncode == 2 and bad.stderr.startswith("Error: Expected [k]")
+
+
+def test_objectives_are_found_or_refused(tmp_path, monkeypatch):
+    (tmp_path / "objective_of_mine.py").write_text("def f(p):\n    return 1\n")
+    assert load_objective(f"{tmp_path}/objective_of_mine.py:f")({}) == 1
+    for source, words in {
+        "f": "module:function",
+        "objective_of_mine:g": "'g'",
+        "nowhere_at_all:f": "Importing",
+        f"{tmp_path}/nothing.py:f": "no file",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            load_objective(source)
