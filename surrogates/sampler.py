@@ -26,7 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from surrogates.acquisition import Belief, hold_fixed, incumbents, is_known, suggest
-from surrogates.fitting import FITS, SAMPLERS, fit
+from surrogates.fitting import fit
+from surrogates.names import FITS, SAMPLERS
 from surrogates.spaces import Space
 
 MAX_COLUMNS = {"pfn": 20}  # of the network's training; the others take any number

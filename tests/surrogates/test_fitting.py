@@ -1,5 +1,8 @@
 """Surrogates by name, and what they are given."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,3 +50,14 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], said: str) -> N
     every = {"name": "pfn", "X": X, "Y": X[:, 0]} | arguments
     with pytest.raises(ValueError, match=said):
         surrogates.fit(**every)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "library"), [("fit", "botorch"), ("PFNSampler", "optuna")])
+def test_a_missing_extra_is_named_when_it_is_used(name: str, library: str) -> None:
+    code = (
+        f"import sys; sys.modules['{library}'] = None; import surrogates; surrogates.available()\n"
+        f"try: surrogates.{name}\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"needs {library}: pip install 'pfn[bo]'" in run.stdout
