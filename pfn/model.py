@@ -25,7 +25,7 @@ from pfn.predictive import Predictive
 from pfn.transformer import Encoded, Final, Latent, Mixture, Scaling, Seen, Transformer
 from pfn.units import FromContext, Units, context_units, prior_units
 from priors import Prior
-from priors.context import check_finite, to_tensor
+from priors.context import check_finite, order_columns, to_tensor
 
 CHUNK = 2**20  # numbers that a pass keeps for each expert: bounds memory for a million queries
 MATRICES = 2**22  # entries that a pass has in each expert's matrices: bounds memory for many tasks
@@ -323,10 +323,12 @@ class Fitted:
             torch.Size([2])
         """
         more = check_context((x, y))
-        d, tasks = self.context.x.shape[-1], len(self._ready.y)
+        d, tasks = self.context.x.shape[-1], len(self.context.y)
         if more.x.shape[-1] != d or (self.context.batched and len(more.x) != tasks):
             wanted = f"({tasks}, k, {d})" if self.context.batched else f"(k, {d}) or (b, k, {d})"
             raise ValueError(f"Expected added x of shape {wanted}; got {tuple(more.x.shape)}.")
+        ordered = order_columns(more.x.flatten(0, 1), more.columns, self.context.columns)
+        more = more._replace(x=ordered.view_as(more.x))
         keys = self._encoded.layers[0].key
         mapped = Buffer(
             self.units.map_x(more.x.to(keys.device)).to(keys.dtype),
@@ -372,7 +374,7 @@ class Fitted:
         """
         transformer, config = self.pfn.transformer, self.pfn.card.architecture
         d = self.context.x.shape[-1]
-        nothing = self.context.x[:, :0].to(self._encoded.layers[0].key.dtype)
+        nothing = self._ready.x[:, :0]
         with torch.no_grad():
             final = transformer.decode(self._encoded, nothing, latents=True)
             mixture, logits = transformer.latent_head(final)

@@ -176,7 +176,8 @@ class BNN:
         readout = parameters.weight_variance[:, -1] + parameters.bias_variance[:, -1]
 
         def covariance(x: Tensor, z: Tensor) -> Tensor:
-            return self.readout_basis(parameters, x) @ self.readout_basis(parameters, z).mT
+            basis = self.readout_basis(parameters, x)
+            return basis @ (basis if z is x else self.readout_basis(parameters, z)).mT
 
         return Process(
             torch.zeros_like(readout),

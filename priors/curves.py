@@ -44,8 +44,8 @@ class LearningCurves:
     d - 1 hyperparameters of the row's curve, in [0, 1]. With d = 1 a task is one curve in order of
     time: its first k steps, k random, of a run of 10 to 1000 steps, and the rest at irregular later
     times; one task in five is a whole run of n steps. With d >= 2 rows are the observed beginnings
-    of several siblings, one after another, and then continuations in order of time, half of them of
-    the last sibling. Positions do not depend on y, so that every prefix of the rows is a valid
+    of several siblings, one after another, and then continuations, half of them of the last
+    sibling. Positions do not depend on y, so that every prefix of the rows is a valid
     context.
 
     Args:

@@ -398,7 +398,10 @@ def is_positive(distribution: Distribution) -> bool:
     """Whether it is one distribution, of numbers above zero."""
     if distribution.batch_shape or distribution.event_shape:
         return False
-    lower = getattr(distribution.support, "lower_bound", None)
+    support = distribution.support
+    if support is None or support.is_discrete:
+        return False
+    lower = getattr(support, "lower_bound", None)
     if lower is None:  # a transformed one may not know its support
         try:
             lower = distribution.icdf(torch.tensor(1e-9))

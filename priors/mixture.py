@@ -17,7 +17,7 @@ from torch import Tensor
 
 from priors.context import read_context
 from priors.distributions import MixtureOf
-from priors.tasks import ConditionalPrior, ConditionalTasks, Tasks
+from priors.tasks import ConditionalPrior, ConditionalTasks, Tasks, knows_posterior
 
 if TYPE_CHECKING:
     from priors.reference import Marginal
@@ -93,6 +93,13 @@ class Mixture:
         return {name: labels for name, labels in known.items() if self._is_shared(name)} | {
             "component": self.names
         }
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether all parts know their posterior and evidence."""
+        return all(
+            knows_posterior(prior) and hasattr(prior, "log_evidence") for prior in self.priors
+        )
 
     def posterior_is_quick(self, d: int) -> bool:
         """Whether all parts' posteriors are."""

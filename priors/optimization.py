@@ -21,8 +21,8 @@ def optimization() -> Mixture:
     Six tasks in ten are Gaussian processes, rough or smooth, with warped inputs and irrelevant
     columns, as in HEBO+ (`priors.hebo_plus`); two are infinitely wide networks with heavy tails,
     two finite networks, which are not stationary. Noise ranges from next to none to as much as the
-    signal. Half of the batches are searches, in spaces with integers and choices
-    (`priors.Searched`).
+    signal. Points lie in spaces with integers and choices, half of those that networks are
+    trained on where a search for the best went (`priors.Searched`).
 
     Latents in `Tasks`: "noise", and "component", the index of the part.
 

@@ -24,7 +24,6 @@ from torch.distributions import (
     MixtureSameFamily,
     Normal,
     biject_to,
-    constraints,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -35,7 +34,6 @@ from priors.pyro_runs import (
     Model,
     Recorder,
     parameters_at,
-    parameters_of,
     pointwise,
     private_draws,
     run,
@@ -77,7 +75,7 @@ class Target(NamedTuple):
         draws = nuts.sample_torch(density, tasks, self.dim, seed=seed, settings=settings)
         for each in draws:
             failed = int(each.divergent.sum())
-            if each.r_hat > 1.1 or failed > 0.05 * chains * settings.draws:
+            if not each.r_hat <= 1.1 or failed > 0.05 * chains * settings.draws:
                 warnings.warn(
                     f"NUTS has not converged: R-hat {each.r_hat:.2f}, {each.ess:.0f} effective "
                     f"draws, {failed} divergences of {chains * settings.draws}.",
@@ -135,8 +133,11 @@ def target(model: Model, x: Tensor, y: Tensor) -> Target:
     start = x.new_zeros(len(y), mapped.dim)
     try:
         mapped.density(torch.arange(len(y)), start)
-    except Exception:  # of many kinds, by what cannot be mapped; those of the program come again
-        return mapped._replace(is_mapped=False)
+    except Exception as error:  # of many kinds, by what cannot be mapped
+        warnings.warn(
+            f"The density is computed task by task, because mapping it fails: {error}", stacklevel=5
+        )
+        return mapped._replace(is_mapped=False)  # errors of the program itself come again
     return mapped
 
 
@@ -145,15 +146,16 @@ def _check_observations(model: Model, x: Tensor, y: Tensor, first: Recorder) -> 
     again = Recorder(first.latents)
     again.run(model, x)
     laws = [pointwise(recorder.laws["y"]) for recorder in (first, again)]
-    if any(
-        not torch.equal(value, other)
-        for value, other in zip(*(parameters_of(law)[0].values() for law in laws), strict=True)
-    ):
+    y_any = laws[0].sample()
+    if not torch.equal(*(law.log_prob(y_any) for law in laws)):
         raise ValueError("Expected a program that draws by pyro.sample alone; y's law changed.")
-    support = type(laws[0]).support
-    if not constraints.is_dependent(support) and not bool(support.check(y).all()):
+    seen = slice(y.shape[1])
+    law = laws[0]
+    if law.batch_shape[0] > y.shape[1]:
+        law = type(law)(**parameters_at(law, seen), validate_args=False)
+    if not bool(law.support.check(y).all()):
         raise ValueError(
-            f"Expected y in the support of {type(laws[0]).__name__}; "
+            f"Expected y in the support of {type(law).__name__}; "
             f"got values from {float(y.min()):g} to {float(y.max()):g}."
         )
 

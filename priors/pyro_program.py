@@ -148,7 +148,7 @@ class PyroProgram:
         sites = pyro_posterior.draw_latents(self.model, x, y, _settings(warmup, draws), seed)
         marginals = {}
         for name, value in sites.items():
-            for label, column in _by_name(name, value[0], x.shape[-1]).items():
+            for label, column in _by_name(name, value[0].double(), x.shape[-1]).items():
                 weights = column.new_full((len(column),), 1 / len(column))
                 marginals[label] = Marginal(column, weights, column, column)
         return marginals

@@ -65,6 +65,11 @@ class Recorder(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):
+            if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+                raise ValueError(
+                    f"Expected no factors and no observed sites, as tasks are drawn from the "
+                    f"program; {msg['name']!r} is one."
+                )
             values = self.functions if msg["is_observed"] else self.latents
             values[msg["name"]] = msg["value"]
             self.laws[msg["name"]] = msg["fn"]

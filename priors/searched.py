@@ -135,11 +135,15 @@ class _Search:
         fresh = self.space.draw(m, generator=self.generator)
         if not x.shape[1]:
             return fresh
-        value = self.sign * y / y.std(1, correction=0, keepdim=True).clamp_min(1e-12)
-        gumbel = -(-self._uniform(batch, m, y.shape[1]).clamp_min(1e-12).log()).log()
-        score = (self.greed * value).unsqueeze(1) + gumbel  # (task, query, point)
         rank = torch.arange(y.shape[1], device=y.device)
         hidden = rank >= visible.to(y.device).unsqueeze(-1)
+        seen = (~hidden).to(y)  # (query, point): units are of what a query sees, too
+        count = seen.sum(-1).clamp_min(1)
+        mean = y @ seen.T / count
+        variance = y.square() @ seen.T / count - mean.square()
+        value = (self.sign * y).unsqueeze(1) / variance.clamp_min(1e-12).sqrt().unsqueeze(-1)
+        gumbel = -(-self._uniform(batch, m, y.shape[1]).clamp_min(1e-12).log()).log()
+        score = self.greed.unsqueeze(-1) * value + gumbel  # (task, query, point)
         parent = score.masked_fill(hidden, -torch.inf).argmax(-1)
         start = x.gather(1, parent.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         scale = 0.01 * 30 ** self._uniform(batch, m, 1)

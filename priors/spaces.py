@@ -1,7 +1,7 @@
 """Boxes whose columns may take a few values only, as optimizers encode their parameters.
 
 Integers, steps and ordinals are levels between 0 and 1; a choice among k is k columns of which one
-is 1. `inputs.py` draws designs on them, `searched.py` looks for good points.
+is 1. `searched.py` looks for good points in them.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Space(NamedTuple):
     ) -> Tensor:
         """Neighbours of x (task, n, dim): some columns move by normal steps, or are drawn anew.
 
+        At least one column, or one-hot group, does.
+
         Args:
             scale: standard deviation of steps in continuous columns; broadcasts with x.
             change: probability that a column, or a one-hot group, changes; broadcasts with x.
@@ -48,6 +50,7 @@ class Space(NamedTuple):
         fresh = self.draw(x.shape[1], generator=generator)
         share = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generator)
         share = share.gather(2, self.group.unsqueeze(1).expand(x.shape))  # one for a group
+        share = share.masked_fill(share == share.amin(-1, keepdim=True), -1.0)  # one always changes
         moved = (x + scale * draw_normal(*x.shape, generator=generator)).clamp(0, 1)
         continuous = self._alone() & (self.levels.unsqueeze(1) == 0)
         return torch.where(share < change, torch.where(continuous, moved, fresh), x)

@@ -8,7 +8,7 @@ Read `gp.py` next for a complete example.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -73,10 +73,18 @@ class ConditionalPrior(Prior, Protocol):
 
 @runtime_checkable
 class ReferencePrior(Prior, Protocol):
-    """A prior that knows its exact or reference posterior predictive."""
+    """A prior that knows its exact or reference posterior predictive.
+
+    One made of others, whose parts may not, says so by an attribute `has_posterior`.
+    """
 
     def posterior(
         self, context: tuple[Tensor, Tensor], x_query: Tensor, latent: bool = False
     ) -> Distribution:
         """The posterior predictive at `x_query`, batch_shape (m,) or (b, m)."""
         ...
+
+
+def knows_posterior(prior: Prior) -> TypeGuard[ReferencePrior]:
+    """Whether a prior, with all its parts, is a `ReferencePrior`."""
+    return isinstance(prior, ReferencePrior) and getattr(prior, "has_posterior", True)

@@ -23,7 +23,7 @@ class Surrogate(Model, FantasizeMixin, abc.ABC):
     """A model of one output, fitted to X (n, d) and Y (n, 1).
 
     Attributes:
-        train_X: (..., n, d) as the user passed it, in float64; fantasies have leading batch axes.
+        train_X: (..., n, d) as the user passed it, in float64.
         train_Y: (..., n, 1), as passed.
     """
 
@@ -43,7 +43,7 @@ class Surrogate(Model, FantasizeMixin, abc.ABC):
         if input_transform is not None:
             self.input_transform = input_transform.eval()
         if outcome_transform is not None:
-            self.outcome_transform = outcome_transform
+            self.outcome_transform = outcome_transform.eval()  # it has learned what it needs
 
     @property
     def num_outputs(self) -> int:

@@ -6,6 +6,7 @@ All see the unit cube, into which the bounds are mapped. Read `prior_fitted.py` 
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
@@ -75,8 +76,8 @@ def fit(
             X,
             Y[:, i : i + 1],
             None if Yvar is None else Yvar[:, i : i + 1],
-            input_transform=input_transform,
-            outcome_transform=outcome_transform,
+            input_transform=copy.deepcopy(input_transform),
+            outcome_transform=copy.deepcopy(outcome_transform),  # it learns from each output
             seed=seed + i,
             **options,
         )

@@ -176,8 +176,8 @@ def plot_parallel(study: Study, objective: int = 0) -> Axes:
 
 
 def _optuna(name: str, study: Study, **options: Any) -> Any:
-    import_pyplot()
-    with warnings.catch_warnings():
+    plt = import_pyplot()
+    with plt.rc_context(), warnings.catch_warnings():  # Optuna sets a style for good
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return getattr(optuna.visualization.matplotlib, name)(study, **options)
 

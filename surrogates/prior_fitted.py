@@ -8,6 +8,7 @@ in float32, whatever dtype an acquisition function casts the model to.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,7 +78,12 @@ class PriorFitted(Surrogate):
         """The model that has also seen Y (batch x k x 1) at X (batch x k x d), in its buffer.
 
         The units of y stay those of the first data.
+
+        Raises:
+            ValueError: known `noise`.
         """
+        if kwargs.get("noise") is not None:
+            raise ValueError("Expected no noise with new observations: the network infers it.")
         X, Y = self.transform_inputs(X.double()), Y.double()
         if hasattr(self, "outcome_transform"):
             Y, _ = self.outcome_transform(Y, X=X)
@@ -205,12 +211,12 @@ class PriorFittedPosterior(Posterior):
     def _predict(self, X: Tensor, added: tuple[Tensor, Tensor] | None, latent: bool) -> Predictive:
         """The predictive (batch x q) at X (batch x q x d) given a buffer (batch x k)."""
         *batch, q, d = X.shape
+        tasks = math.prod(batch)
         if added is None:
-            return self.context.predict(X.reshape(-1, d), latent=latent).reshape(*batch, q)
-        fitted = self.context.extend(
-            added[0].reshape(-1, added[0].shape[-2], d), added[1].reshape(-1, added[1].shape[-1])
-        )
-        return fitted.predict(X.reshape(-1, q, d), latent=latent).reshape(*batch, q)
+            return self.context.predict(X.reshape(tasks * q, d), latent=latent).reshape(*batch, q)
+        k = added[1].shape[-1]
+        fitted = self.context.extend(added[0].reshape(tasks, k, d), added[1].reshape(tasks, k))
+        return fitted.predict(X.reshape(tasks, q, d), latent=latent).reshape(*batch, q)
 
 
 @GetSampler.register(PriorFittedPosterior)
@@ -224,11 +230,13 @@ class PredictiveLogEI(AnalyticAcquisitionFunction):
     """log E[max(y - best_f, 0)] under the predictive itself, for models whose posterior has it.
 
     Args:
-        model: a `PriorFitted`.
+        model: a `PriorFitted` without an outcome transform, which would hide its predictive.
         best_f: the incumbent, in the units of Y; maximization.
     """
 
     def __init__(self, model: PriorFitted, best_f: float | Tensor) -> None:
+        if hasattr(model, "outcome_transform"):
+            raise ValueError("Expected a model without an outcome_transform.")
         super().__init__(model)
         self.best_f = best_f
 
@@ -248,6 +256,7 @@ def fit_pfn(
     outcome_transform: OutcomeTransform | None = None,
     seed: int = 0,
     model: str | Path | PFN = "bo",
+    extrapolate_n: bool = False,
 ) -> PriorFitted:
     """A network conditioned on X (n, d) and Y (n, 1); nothing is fitted, and n may be 0.
 
@@ -255,18 +264,19 @@ def fit_pfn(
         Yvar: (n, 1) known noise variance, equal for all points: the network knows one noise.
         seed: unused, as there is nothing random.
         model: a checkpoint whose prior fits, see `pfn.predict`.
+        extrapolate_n: allows more than 4 times the observations that the network was trained for.
 
     Raises:
-        ValueError: noise that differs between points, or more columns than the network was trained
-            for.
+        ValueError: noise that differs between points, more columns than the network was trained
+            for, or too many observations.
     """
     inputs = X if input_transform is None else input_transform(X)
     targets = Y
     if outcome_transform is not None:
-        targets, Yvar = outcome_transform(Y, Yvar)
+        targets, Yvar = outcome_transform.train()(Y, Yvar)
     given = None
     if Yvar is not None:
-        if not bool(torch.isclose(Yvar, Yvar.mean(), rtol=1e-3).all()):
+        if not bool(torch.isclose(Yvar, Yvar.mean(), rtol=1e-3, atol=0).all()):
             raise ValueError(
                 "Expected Yvar equal for all points, as the network knows one noise; got values "
                 f"from {float(Yvar.min()):g} to {float(Yvar.max()):g}. The surrogate gp takes them."
@@ -275,7 +285,12 @@ def fit_pfn(
     d = X.shape[-1]
     network = choose(model, d)
     bounds = torch.tensor([[0.0] * d, [1.0] * d], dtype=torch.float64)
-    fitted = network.condition((inputs, targets.squeeze(-1)), bounds=bounds, given=given)
+    fitted = network.condition(
+        (inputs, targets.squeeze(-1)),
+        bounds=bounds,
+        given=given,
+        extrapolate_n=extrapolate_n,
+    )
     return PriorFitted(
         fitted, X, Y, input_transform=input_transform, outcome_transform=outcome_transform
     )

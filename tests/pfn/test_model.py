@@ -665,3 +665,22 @@ def test_added_points_that_do_not_fit_are_refused() -> None:
     batch = MODEL.condition((draw(2, 4, 2), draw(2, 4)))
     with pytest.raises(ValueError, match=r"shape \(2, k, 2\)"):
         batch.extend(draw(3, 3, 2), draw(3, 3))
+
+
+def test_added_columns_match_by_name() -> None:
+    x, y, query = draw(5, 2, seed=1), draw(5, seed=2), draw(3, 2, seed=3)
+    fitted = MODEL.condition((pd.DataFrame(x.numpy(), columns=["a", "b"]), y))
+    plain = fitted.extend(x[:2], y[:2]).predict(query)
+    turned = pd.DataFrame(x[:2].numpy(), columns=["a", "b"])[["b", "a"]]
+    assert torch.equal(fitted.extend(turned, y[:2]).predict(query).mean, plain.mean)
+
+
+def test_continuations_can_be_continued() -> None:
+    x, y, query = draw(5, 2, seed=1), draw(5, seed=2), draw(3, 4, 2, seed=3)
+    added, more = (draw(3, 2, 2, seed=4), draw(3, 2, seed=5)), (draw(3, 1, 2, seed=6), draw(3, 1))
+    in_turn = MODEL.condition((x, y)).extend(*added).extend(*more).predict(query)
+    at_once = MODEL.condition((x, y)).extend(
+        torch.cat([added[0], more[0]], 1), torch.cat([added[1], more[1]], 1)
+    )
+    torch.testing.assert_close(in_turn.mean, at_once.predict(query).mean, atol=DIGITS, rtol=DIGITS)
+    assert set(at_once.latents()) == {latent.name for latent in LATENTS}  # the first context's

@@ -354,3 +354,42 @@ def test_counts_are_predicted() -> None:
     means = posterior.component_distribution.mean.unflatten(-1, (40, -1)).mean(-1)  # type: ignore[attr-defined]
     error = float(means.std()) / math.sqrt(40)
     assert abs(float(posterior.mean) - 0.7) < 6 * error < 0.1
+
+
+def weighted(x: Tensor) -> None:
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    pyro.factor("pull", -50 * (level - 3.0).square())
+    with pyro.plate("points", len(x)):
+        pyro.sample("y", dist.Normal(level, 1.0))
+
+
+def test_factors_are_refused() -> None:
+    with pytest.raises(ValueError, match="no factors and no observed sites"):
+        from_pyro(weighted).sample(2, 3, 1, generator=generator())
+    with pytest.raises(ValueError, match="no factors and no observed sites"):
+        from_pyro(weighted).posterior(([0.1], [0.2]), [0.3])
+
+
+def test_without_latents_the_law_of_y_is_all() -> None:
+    def noise(x: Tensor) -> None:
+        pyro.sample("y", dist.Normal(x[:, 0], 0.1).to_event(1))
+
+    program = from_pyro(noise)
+    posterior = program.posterior(([[0.1]], [0.2]), [[0.3], [0.8]])
+    torch.testing.assert_close(posterior.mean, torch.tensor([0.3, 0.8]).double())
+    exact = dist.Normal(0.1, 0.1).log_prob(torch.tensor(0.2))
+    assert float(program.log_evidence(([[0.1]], [0.2]))) == pytest.approx(float(exact), abs=1e-5)
+
+
+def test_programs_that_cannot_be_mapped_have_posteriors_too() -> None:
+    def model(x: Tensor) -> None:
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        scale = 0.5 if float(level.detach()) > -100 else 1.0  # Python looks at a draw
+        with pyro.plate("points", len(x)):
+            pyro.sample("y", dist.Normal(level, scale))
+
+    x, y = torch.rand(8, 1).double(), torch.full((8,), 0.7).double()
+    with pytest.warns(UserWarning, match="task by task"):
+        posterior = from_pyro(model).posterior((x, y), [0.5], warmup=50, draws=50)
+    mean = 0.7 * 8 / (8 + 0.25)  # conjugate: 200 draws with a standard deviation of 0.17
+    assert abs(float(posterior.mean) - mean) < 6 * 0.17 / math.sqrt(50)

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from botorch.acquisition.analytic import LogExpectedImprovement
+from botorch.optim import optimize_acqf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from torch.distributions import Normal
 
@@ -118,6 +119,20 @@ def test_gradients_and_neighbours_find_the_best_point_of_a_mixed_space():
     x = maximize_acquisition(acquisition, MIXED, start, known=start, num_candidates=64)
     assert torch.equal(MIXED.snap(x), x)
     assert torch.allclose(x, best, atol=1e-4)  # of L-BFGS after 20 evaluations
+
+
+def test_the_maximum_is_that_of_botorchs_optimizer():
+    space = Space({f"x{i}": FloatDistribution(0.0, 1.0) for i in range(4)})
+    X = space.sobol(24, seed=2)
+    Y = (6 * X).sin().sum(-1, keepdim=True)
+    model = surrogates.fit("gp", X, (Y - Y.mean()) / Y.std())
+    acquisition = LogExpectedImprovement(model, model.posterior(X).mean.max().detach())
+    box = torch.tensor([[0.0] * 4, [1.0] * 4], dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, best = optimize_acqf(acquisition, box, q=1, num_restarts=8, raw_samples=256)
+    x = suggest(model, X, Y, space)
+    assert float(acquisition(x[None, None]).detach()) > float(best) - 0.01  # nats
 
 
 def test_fixed_parameters_stay():

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from botorch.models.transforms import Standardize
 
 import surrogates
 
@@ -61,3 +62,10 @@ def test_a_missing_extra_is_named_when_it_is_used(name: str, library: str) -> No
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"needs {library}: pip install 'pfn[bo]'" in run.stdout
+
+
+def test_each_output_has_transforms_of_its_own() -> None:
+    Y = torch.stack([X[:, 0], 1000 * X[:, 1]], -1)
+    model = surrogates.fit("pfn", X, Y, model="gp", outcome_transform=Standardize(1))
+    mean = model.posterior(X.double()).mean.detach()
+    assert (mean[:, 0] - Y[:, 0]).abs().max() < 0.3 and (mean[:, 1] - Y[:, 1]).abs().max() < 300

@@ -254,9 +254,9 @@ def check_shared(storage, budget):
 
 def test_two_processes_share_a_storage_without_duplicates_or_lost_trials(tmp_path):
     storage = f"sqlite:///{tmp_path}/a.db"
-    processes = [start(tmp_path, storage, "sobol", 40, "grid", nap=0.02) for _ in range(2)]
+    processes = [start(tmp_path, storage, "sobol", 30, "grid", nap=0.02) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    check_shared(storage, 40)
+    check_shared(storage, 30)
 
 
 @pytest.mark.slow

@@ -197,3 +197,21 @@ def test_other_outputs_and_dimensions_are_refused(model: PriorFitted) -> None:
     assert model.subset_output([0]) is model
     with pytest.raises(ValueError, match="at most 12 features"):
         fit_pfn(uniform(5, 13), uniform(5, 1), model="gp")
+
+
+def test_fantasies_leave_an_outcome_transform_as_it_is() -> None:
+    transform = Standardize(1)
+    model: Any = surrogates.fit("pfn", X, 500 + Y, model="gp", outcome_transform=transform)
+    fantasy = model.condition_on_observations(QUERIES[:1], torch.full((1, 1), 1000.0).double())
+    assert (model.posterior(X).mean - 500 - Y).abs().max() < 0.3
+    assert (fantasy.posterior(X).mean - 500 - Y).abs().max() < 600
+    with pytest.raises(ValueError, match="without an outcome_transform"):
+        PredictiveLogEI(model, 1.0)
+
+
+def test_nothing_can_be_asked_and_fantasised(model: PriorFitted) -> None:
+    nothing = QUERIES[:0]
+    assert model.posterior(nothing).mean.shape == (0, 1)
+    sampler = get_sampler(model.posterior(QUERIES), torch.Size([4]), seed=0)
+    fantasies = model.fantasize(QUERIES[:1], sampler)
+    assert fantasies.posterior(nothing).mean.shape == (4, 0, 1)
