@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ MAX_COLUMNS = {"pfn": 20}  # of the network's training; the others take any numb
 PARAMS = "pfn:params"  # system attributes of trials: what was suggested,
 WORKER = "pfn:worker"  # by which process,
 LOST = "pfn:lost"  # and why the trial does not count
-ATTEMPTS = 5  # to suggest what no other process has suggested meanwhile
+ATTEMPTS = 10  # to suggest what no other process has suggested meanwhile
 
 _ONE_AT_A_TIME = threading.Lock()  # threads of one study see each other's suggestions
 
@@ -162,18 +163,20 @@ class PFNSampler(BaseSampler):
         space = Space(search_space)
         given = dict(trial.system_attrs.get("fixed_params", {}))
         given = {name: value for name, value in given.items() if name in search_space}
-        taken = torch.zeros(0, space.dim, dtype=torch.float64)
         with _ONE_AT_A_TIME:
-            for _ in range(ATTEMPTS):
-                x = self._suggest(study, trial, space, given, taken)
+            for attempt in range(ATTEMPTS):
+                before = _others(study, trial, space)
+                x = self._suggest(study, trial, space, given)
                 params = space.decode(x)
                 internal = {k: search_space[k].to_internal_repr(v) for k, v in params.items()}
                 write_attribute(study, trial, PARAMS, json.dumps(internal))
-                # written first, then read: of two processes with one idea, one sees the other's
-                rivals = _running(study, trial, space)
-                if len(given) == len(search_space) or not is_known(x, rivals):
+                # written first, then read: of two processes with one idea, one sees the other's,
+                # which may have been evaluated by then
+                after = _others(study, trial, space)
+                if is_known(x, before) or not is_known(x, after):
                     break
-                taken = torch.cat([taken, rivals])
+                # waits of different lengths, or two processes would yield in step for ever
+                time.sleep(0.1 * (self._seed(trial.number, f"wait {attempt}") % 10))
         return params
 
     def sample_independent(
@@ -199,7 +202,7 @@ class PFNSampler(BaseSampler):
             given = {name: given[name] for name in shared}
             with _ONE_AT_A_TIME:
                 if self._count(read_history(trials, study.directions, space, trial.number)):
-                    x = self._suggest(study, trial, space, given, None)
+                    x = self._suggest(study, trial, space, given)
                     return space.decode(x)[param_name]
         generator = torch.Generator().manual_seed(self._seed(step_of(study, trial), param_name))
         belief = self._belief(alone)
@@ -246,20 +249,18 @@ class PFNSampler(BaseSampler):
         trial: FrozenTrial,
         space: Space,
         given: Mapping[str, Any],
-        taken: Tensor | None,
     ) -> Tensor:
         """The point (dim,) for a trial, of which some parameters are given."""
         step = step_of(study, trial)
         trials = counted(study.get_trials(deepcopy=False))
         history = read_history(trials, study.directions, space, trial.number)
-        known = [part for part in (history.X, history.pending, taken) if part is not None]
+        known = torch.cat([history.X, history.pending])
         if not self.has_surrogate or not self._count(history):
-            return self._first(space, step, given, torch.cat(known))
+            return self._first(space, step, given, known)
         seed = self._seed(step)
         part, columns, best = self._choose_columns(space, history, given, seed)
         beside = ~columns
-        near = torch.cat(known)
-        near = near[((near - best).abs()[:, beside] < 1e-9).all(-1)]
+        near = known[((known - best).abs()[:, beside] < 1e-9).all(-1)]
         seen = history._replace(X=history.X[:, columns], pending=history.pending[:, columns])
         names = part.distributions
         with torch.random.fork_rng(devices=[]):  # whatever a surrogate's library draws from
@@ -453,10 +454,10 @@ def _units(Y: Tensor, objectives: int) -> tuple[Tensor, Tensor]:
     return torch.where(is_objective, Y.mean(0), 0.0), torch.where(deviation > 0, deviation, 1.0)
 
 
-def _running(study: Study, trial: FrozenTrial, space: Space) -> Tensor:
-    """The points (k, dim) of other trials that run now."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    points = [_point(t, space) for t in counted(trials) if t.number != trial.number]
+def _others(study: Study, trial: FrozenTrial, space: Space) -> Tensor:
+    """The points (k, dim) of all other trials."""
+    trials = counted(study.get_trials(deepcopy=False))
+    points = [_point(other, space) for other in trials if other.number != trial.number]
     return _stack([point for point in points if point is not None], space)
 
 

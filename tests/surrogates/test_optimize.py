@@ -36,7 +36,7 @@ def f(x):
         return float(x["i"] + x["j"])
     return float(((x - 0.3) ** 2).sum())
 
-grid = {"i": IntDistribution(0, 7), "j": IntDistribution(0, 7)}
+grid = {"i": IntDistribution(0, 11), "j": IntDistribution(0, 11)}
 storage, surrogate, budget, space, workers = sys.argv[1:]
 minimize(f, grid if space == "grid" else [(0.0, 1.0)] * 2, int(budget), surrogate,
          storage=storage, workers=int(workers), num_candidates=64)
@@ -262,9 +262,9 @@ def test_two_processes_share_a_storage_without_duplicates_or_lost_trials(tmp_pat
 @pytest.mark.slow
 def test_two_processes_share_a_hundred_trials_of_a_surrogate(tmp_path):
     storage = f"sqlite:///{tmp_path}/a.db"
-    processes = [start(tmp_path, storage, "gp", 60, "grid", nap=0.02) for _ in range(2)]
+    processes = [start(tmp_path, storage, "pfn", 100, "grid", nap=0.02) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    check_shared(storage, 60)
+    check_shared(storage, 100)
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -54,6 +54,11 @@ class TestGP(Suite):
     surrogate = "gp"
 
 
+@pytest.mark.slow
+class TestPFN(Suite):
+    surrogate = "pfn"
+
+
 def make_study(surrogate="gp", directions=("minimize",), **options):
     options = {"num_candidates": QUICK, **options}
     return optuna.create_study(directions=directions, sampler=PFNSampler(surrogate, **options))
