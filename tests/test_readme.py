@@ -37,7 +37,7 @@ def test_commands_exist() -> None:
     }
     shell = "\n".join(blocks("sh"))
     used = set(re.findall(r"(?:^|/)pfn ([a-z]+)", shell, flags=re.MULTILINE))
-    assert {"demo", "models", "predict", "pretrain", "certify"} == used == commands
+    assert {"demo", "models", "predict", "pretrain", "certify", "optimize"} == used == commands
     assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
 
 

@@ -98,7 +98,7 @@ SAMPLED: dict[str, tuple[Case, dict[str, Any]]] = {
     "BNN": (Case(BNN(4, 1), 1), {}),
     "lcpfn": (Case(LearningCurves.lcpfn(10), 1), {"particles": 400}),
     "GaussianProcess, ARD": (Case(GaussianProcess(ard=True, outputscale=1.0)), {"method": "nuts"}),
-    "Pyro": (Case(from_pyro(lines), 1), {"warmup": 100, "draws": 50}),
+    "Pyro": (Case(from_pyro(lines), 1), {"warmup": 100, "draws": 100}),
 }
 
 every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY.keys())
@@ -218,6 +218,7 @@ def test_quadrature_is_calibrated(case: Case) -> None:
     assert verdict.worst > FALSE_FAILURE / 3
 
 
+@pytest.mark.filterwarnings("ignore:NUTS has not converged")  # in few draws: calibration decides
 @pytest.mark.parametrize("name", SAMPLED)
 def test_samplers_are_calibrated(name: str) -> None:
     case, options = SAMPLED[name]
