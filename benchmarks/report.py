@@ -25,6 +25,8 @@ HEADINGS = {
     "curve-prior": "Learning curves drawn beside real ones",
     "curve-speed": "Draws of learning curves",
     "curve-reference": "The reference posterior of published learning curves",
+    "bo": "Optimization with surrogates and samplers",
+    "bo-problems": "Losses after 40 evaluations, by problem",
     "studies": "Design choices at equal compute",
 }
 
