@@ -41,7 +41,7 @@ CACHED = 2**20  # activations of a hidden layer at once, 8 MiB
 ERF_OF_TANH = 4 / math.pi  # tanh(sqrt(4 / pi) u) is about erf(u): the same slope at 0
 WINDOW = 200.0  # steps over which masses are estimated, at most
 NOISE = -4.0  # median of the noise's logarithm, as in BoTorch's GP
-FIRST_NOISE = math.log(0.1)  # of the linearised network: a first mode that does not overfit
+FIRST_NOISES = (0.01, 0.1)  # of the linearised network, in turn: the larger may call all noise
 MODE_STEPS = 80
 
 
@@ -418,7 +418,9 @@ def fit_laplace_bnn(
     x = X if input_transform is None else input_transform.eval()(X)
     noise = None if Yvar is None else model.likelihood.noise
     candidates = [
-        _fit_tangent(x, model.train_targets, noise, width, depth, rounds, seed + i)
+        _fit_tangent(
+            x, model.train_targets, noise, width, depth, rounds, seed + i, FIRST_NOISES[i % 2]
+        )
         for i in range(starts)
     ]
     tangent, noise, _ = max(candidates, key=lambda candidate: candidate.evidence)
@@ -502,14 +504,21 @@ class _Candidate(NamedTuple):
 
 
 def _fit_tangent(
-    x: Tensor, y: Tensor, known: Tensor | None, width: int, depth: int, rounds: int, seed: int
+    x: Tensor,
+    y: Tensor,
+    known: Tensor | None,
+    width: int,
+    depth: int,
+    rounds: int,
+    seed: int,
+    first_noise: float,
 ) -> _Candidate:
     """Mode and variances in turn, from a draw of the prior, for y (n,) at x (n, d)."""
     prior = BNN(width, depth)
     drawn = prior.draw_parameters(1, x.shape[-1], generator=torch.Generator().manual_seed(seed))
     shapes = prior.shapes(x.shape[-1])
     scales = torch.zeros(2 * len(shapes) + 1, dtype=x.dtype)  # logarithms of variances and noise
-    scales[-1] = FIRST_NOISE
+    scales[-1] = math.log(first_noise)
     raw = [w[0] / _fan_in(w[0]) for w in drawn.weights]
     for _ in range(rounds):
         noise = scales[-1].exp() if known is None else known

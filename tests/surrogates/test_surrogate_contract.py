@@ -115,6 +115,7 @@ def test_several_objectives_are_optimized(model: Model, request: pytest.FixtureR
     assert one.posterior(QUERIES).mean.shape == (4, 1)
 
 
+@pytest.mark.filterwarnings("ignore:New observations leave")
 def test_fantasies_know_more(model: Model) -> None:
     sampler = get_sampler(model.posterior(QUERIES), torch.Size([4]), seed=0)
     fantasies = model.fantasize(QUERIES[:1], sampler)
@@ -124,6 +125,7 @@ def test_fantasies_know_more(model: Model) -> None:
     assert bool(posterior.variance.mean() < 1.05 * before)
 
 
+@pytest.mark.filterwarnings("ignore:New observations leave")  # few draws, and told so
 def test_conditioning_moves_towards_the_data(model: Model) -> None:
     posterior = model.posterior(QUERIES[:1])
     new = posterior.mean + 1.5 * posterior.variance.sqrt()
