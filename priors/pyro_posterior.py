@@ -224,7 +224,7 @@ def predict(
     return answers
 
 
-class DrawsPosterior(MixtureOf):
+class ProgramPosterior(MixtureOf):
     """An even mixture over the draws of all chains, each of its own kind, that knows its error."""
 
     def __init__(self, components: list[Distribution], chains: int) -> None:
@@ -305,14 +305,17 @@ def _given_draws(
         swapped = {name: value.transpose(0, 1) for name, value in parameters.items()}
         law = kinds[0](**swapped, validate_args=False)  # (m, draw)
         return NutsPosterior(_even(f.shape[1], count), law, settings.chains, f.new_zeros(1)), f
-    except Exception:  # as in `target`
+    except Exception as error:  # as in `target`
+        warnings.warn(
+            f"Draws predict one by one, because mapping them fails: {error}", stacklevel=4
+        )
         runs = [one({name: value[i] for name, value in latents.items()}) for i in range(count)]
         laws = [
             type(law)(**parameters_at(law, after), validate_args=False) if first else law
             for law, _ in runs
         ]
         laws = [Independent(law, 1) for law in laws] if joint else laws
-        return DrawsPosterior(laws, settings.chains), torch.stack([f for _, f in runs])
+        return ProgramPosterior(laws, settings.chains), torch.stack([f for _, f in runs])
 
 
 def _smoothed(f: Tensor, chains: int) -> NutsPosterior:

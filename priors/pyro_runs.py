@@ -97,6 +97,12 @@ def run_all(model: Model, x: Tensor) -> Run:
         return run_mapped(model, x)
     except Exception as error:  # of many kinds, by what cannot be mapped
         runs = [run(model, inputs) for inputs in x]  # its own errors come again
+        names = [set(run.latents | run.functions) for run in runs]
+        if any(each != names[0] for each in names):
+            differ = sorted(names[0].union(*names) - names[0].intersection(*names))
+            raise ValueError(
+                f"Expected the same sites in every run; {differ} are in some alone."
+            ) from error
         warnings.warn(
             f"The program runs task by task, because mapping it fails: {error}", stacklevel=3
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from priors.draws import draw_normal
 from priors.kernel_prior import Process, cholesky, conditional_given
-from priors.spaces import Space, draw_spaces
+from priors.spaces import Columns, draw_spaces
 from priors.tasks import ConditionalTasks, Tasks
 
 ROUNDS = 4  # of a search, at most
@@ -101,7 +101,7 @@ class _Search:
     """Searches of one batch, each for the highest or the lowest y."""
 
     def __init__(
-        self, space: Space, process: Process, batch: int, generator: torch.Generator
+        self, space: Columns, process: Process, batch: int, generator: torch.Generator
     ) -> None:
         self.space, self.process, self.generator = space, process, generator
         self.sign = self._uniform(batch, 1).sub(0.5).sign()

@@ -17,7 +17,7 @@ DISCRETE = 0.4  # of spaces have columns with levels, or one-hot groups
 LEVELS = 10  # at most
 
 
-class Space(NamedTuple):
+class Columns(NamedTuple):
     """The columns of each task."""
 
     levels: Tensor  # (task, dim) number of values, 0 where continuous
@@ -63,7 +63,7 @@ class Space(NamedTuple):
         return (count.gather(1, self.group) == 1).unsqueeze(1)
 
 
-def draw_spaces(batch: int, d: int, *, generator: torch.Generator) -> Space:
+def draw_spaces(batch: int, d: int, *, generator: torch.Generator) -> Columns:
     """Spaces of `d` columns: most continuous, others with levels, groups, or both.
 
     In a discrete space, any share of the columns has 2 to 10 levels, and with probability 1/2 runs
@@ -79,4 +79,4 @@ def draw_spaces(batch: int, d: int, *, generator: torch.Generator) -> Space:
     grouped = discrete & (uniform(batch, 1) < 0.5)
     begins = ~(grouped & (uniform(batch, d) < 2 / 3))
     begins[:, :1] = True
-    return Space(levels, begins.long().cumsum(1) - 1)
+    return Columns(levels, begins.long().cumsum(1) - 1)

@@ -9,7 +9,7 @@ from torch.distributions import LogNormal
 
 from priors import BNN, GaussianProcess, LearningCurves, Searched, Warped, optimization
 from priors.searched import _Search
-from priors.spaces import Space, draw_spaces
+from priors.spaces import Columns, draw_spaces
 
 FIXED = GaussianProcess(kernel="matern52", lengthscale=0.3, outputscale=1.5, noise=0.02, mean=0.7)
 
@@ -67,7 +67,7 @@ def test_searches_crowd() -> None:
 
 def test_columns_are_levels_or_one_hot() -> None:
     levels = torch.tensor([[0.0, 3.0, 0.0, 0.0, 0.0, 2.0]])
-    space = Space(levels.double(), torch.tensor([[0, 1, 2, 2, 2, 3]]))
+    space = Columns(levels.double(), torch.tensor([[0, 1, 2, 2, 2, 3]]))
     x = space.draw(500, generator=generator())
     for _ in range(3):
         assert set(x[0, :, 1].tolist()) == {0.0, 0.5, 1.0} and set(x[0, :, 5].tolist()) == {
