@@ -1,9 +1,10 @@
 """Surrogates and samplers on the problems of `objectives.py`: `python benchmarks/bo.py run`.
 
-Every run of a method on a problem with a seed is kept in `--state` as soon as it is done, so that a
-killed benchmark continues. `report` makes results/bo.json of them: the rank of each method among
-all on each problem and seed, regrets relative to what random search leaves, and seconds per
-suggestion. Lower is better; in several objectives the hypervolume that is missed counts.
+Every run of a method on a problem with a seed is a line of `results/bo-runs/METHOD.jsonl`, written
+as soon as it is done, so that a killed benchmark continues; to repeat a method, delete its file.
+`report` makes results/bo.json of them: the rank of each method among all on each problem and seed,
+regrets relative to what random search leaves, and seconds per suggestion. Lower is better; in
+several objectives the hypervolume that is missed counts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ RIVALS = {
 METHODS = ("pfn", "gp", "ibnn", "stp", "dkl", "ensemble", "laplace-bnn", *RIVALS)
 EXPENSIVE = ("hmc-bnn", "sghmc-bnn")
 FOR_EXPENSIVE = ("Branin", "Hartmann-6", "network draw, 10-d", "SVR, diabetes")
-State = Annotated[Path, typer.Option(help="where runs are kept")]
+Runs = Annotated[Path, typer.Option(help="where runs are kept")]
+RUNS = common.RESULTS / "bo-runs"
+DIGITS = 6  # of losses that are kept
 
 
 @app.command()
@@ -45,50 +48,62 @@ def run(
     method: Annotated[list[str] | None, typer.Option(help="methods; the cheap by default")] = None,
     seeds: int = 5,
     workers: int = 2,
-    state: State = Path("runs/bo-study"),
+    runs: Runs = RUNS,
 ) -> None:
     """Runs what is missing, one seed of all methods and problems after the other."""
-    state.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (name, problem, seed, state)
+    runs.mkdir(parents=True, exist_ok=True)
+    done = {(r["method"], r["problem"], r["seed"]) for r in read(runs)}
+    missing = [
+        (name, problem, seed)
         for seed in range(seeds)
         for problem in only or list(PROBLEMS)
         for name in method or METHODS
+        if (name, problem, seed) not in done
     ]
-    missing = [job for job in jobs if not path(*job).is_file()]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(one, *job): job for job in missing}
-        for done, future in enumerate(as_completed(futures)):
-            name, problem, seed, _ = futures[future]
-            said = f"{future.result():.0f} s"
-            print(f"{done + 1} of {len(missing)}: {name} on {problem}, {seed}: {said}", flush=True)
+        futures = [pool.submit(one, *job) for job in missing]
+        for count, future in enumerate(as_completed(futures), 1):
+            kept = future.result()
+            with (runs / f"{kept['method']}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(kept) + "\n")
+            words = f"{kept['method']} on {kept['problem']}, {kept['seed']}"
+            print(f"{count} of {len(missing)}: {words}", flush=True)
 
 
 @app.command()
-def report(state: State = Path("runs/bo-study")) -> None:
-    """Ranks, regrets and times of all runs, and a figure."""
-    runs = [json.loads(file.read_text()) for file in sorted(state.glob("*.json"))]
-    losses = {(r["method"], r["problem"], r["seed"]): np.array(r["losses"]) for r in runs}
-    seconds: dict[str, list[float]] = {}
-    for r in runs:
-        seconds.setdefault(r["method"], []).append(float(np.mean(r["seconds"][5:])))
+def report(runs: Runs = RUNS) -> None:
+    """Ranks, regrets and times of all runs."""
+    losses, seconds = {}, {}
+    for r in read(runs):
+        losses[r["method"], r["problem"], r["seed"]] = np.array(r["losses"])
+        seconds.setdefault(r["method"], []).append(r["seconds per step"])
     methods = [m for m in (*METHODS, *EXPENSIVE) if any(key[0] == m for key in losses)]
     common.save(
         "bo",
         [
-            summary(m, methods, losses) | {"seconds per step": np.median(seconds[m])}
+            summary(m, methods, losses) | {"seconds per step": float(np.median(seconds[m]))}
             for m in methods
         ],
     )
     common.save("bo-problems", by_problem(methods, losses))
 
 
-def one(method: str, name: str, seed: int, state: Path) -> float:
-    """Runs a method on a problem, keeps the run, and returns its seconds."""
+def read(runs: Path) -> list[dict[str, Any]]:
+    """All runs that are kept."""
+    return [
+        json.loads(line)
+        for file in sorted(runs.glob("*.jsonl"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.endswith("}")  # one that was being written when the benchmark was killed
+    ]
+
+
+def one(method: str, name: str, seed: int) -> dict[str, Any]:
+    """Runs a method on a problem."""
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    problem, began = PROBLEMS[name](), time.perf_counter()
+    problem = PROBLEMS[name]()
     rival = RIVALS.get(method)
     sampler = rival(seed=seed) if rival else surrogates.PFNSampler(method, seed=seed)
     count = max(1, len(problem.reference))
@@ -102,17 +117,14 @@ def one(method: str, name: str, seed: int, state: Path) -> float:
         study.tell(trial, value)
         values.append(value)
         true.append(problem.true(trial.params) if problem.true else value)
-    content = {
+    losses = losses_after_each(problem, np.array(values), np.array(true))
+    return {
         "method": method,
         "problem": name,
         "seed": seed,
-        "losses": losses_after_each(problem, np.array(values), np.array(true)).tolist(),
-        "seconds": seconds,
+        "losses": [float(f"{loss:.{DIGITS}g}") for loss in losses],
+        "seconds per step": round(float(np.mean(seconds[5:])), 5),
     }
-    file = path(method, name, seed, state)
-    file.with_suffix(".partial").write_text(json.dumps(content))
-    file.with_suffix(".partial").rename(file)
-    return time.perf_counter() - began
 
 
 def losses_after_each(
@@ -193,11 +205,6 @@ def by_problem(
         if any(row[method] is not None for method in methods):
             rows.append(row)
     return rows
-
-
-def path(method: str, name: str, seed: int, state: Path) -> Path:
-    words = f"{name}--{method}--{seed}".replace(" ", "-").replace(",", "")
-    return state / f"{words}.json"
 
 
 if __name__ == "__main__":
