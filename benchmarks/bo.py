@@ -29,6 +29,7 @@ import surrogates
 
 app = typer.Typer(add_completion=False)
 EVALUATIONS, AFTER = 40, (20, 40)
+STARTUP_TRIALS = 10  # Sobol points; Optuna's samplers begin with ten random ones
 RIVALS = {
     "random": optuna.samplers.RandomSampler,
     "TPE": optuna.samplers.TPESampler,
@@ -105,7 +106,7 @@ def one(method: str, name: str, seed: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     problem = PROBLEMS[name]()
     rival = RIVALS.get(method)
-    sampler = rival(seed=seed) if rival else surrogates.PFNSampler(method, seed=seed)
+    sampler = rival(seed=seed) if rival else surrogates.PFNSampler(method, seed, STARTUP_TRIALS)
     count = max(1, len(problem.reference))
     study = optuna.create_study(directions=["minimize"] * count, sampler=sampler)
     values, true, seconds = [], [], []

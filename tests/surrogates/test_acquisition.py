@@ -6,13 +6,18 @@ import time
 import pytest
 import torch
 from botorch.acquisition.analytic import LogExpectedImprovement
+from botorch.acquisition.multi_objective.analytic import ExpectedHypervolumeImprovement
 from botorch.optim import optimize_acqf
+from botorch.utils.multi_objective.box_decompositions.non_dominated import (
+    FastNondominatedPartitioning,
+)
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from torch.distributions import Normal
 
 import surrogates
 from surrogates.acquisition import (
     Belief,
+    _reference_point,
     incumbents,
     is_known,
     make_acquisition,
@@ -234,3 +239,46 @@ def test_a_suggestion_takes_less_than_a_third_of_a_second():
         suggest(model, X, Y, space, seed=seed)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.3
+
+
+def test_several_objectives_have_botorchs_expected_hypervolume_improvement():
+    X, Y = data(lambda X: torch.cat([bowl(X), bowl(1 - X)], -1))
+    model = surrogates.fit("gp", X, Y)
+    reference = _reference_point(Y)
+    boxes = FastNondominatedPartitioning(reference, model.posterior(X).mean.detach())
+    points = CUBE.sobol(64, seed=1)
+    exact = ExpectedHypervolumeImprovement(model, reference.tolist(), boxes)
+    expected = exact(points.unsqueeze(-2)).detach()
+    value = make_acquisition(model, X, Y)(points).detach().exp()
+    assert float(expected.max()) > 0.01
+    assert torch.allclose(value, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_hypervolume_improvements_of_mixtures_agree_with_monte_carlo(untrained):
+    X, Y = data(lambda X: torch.cat([bowl(X), bowl(1 - X)], -1))
+    model = surrogates.fit("pfn", X, Y, model=untrained)
+    boxes = FastNondominatedPartitioning(_reference_point(Y), _means(model, X))
+    low, high = boxes.hypercell_bounds
+    points = CUBE.sobol(8, seed=1)
+    g = torch.Generator().manual_seed(0)
+    laws = [part.posterior(points).marginals for part in model.models]
+    draws = torch.stack([law.sample((20_000,), generator=g) for law in laws], -1)
+    sides = (torch.minimum(draws.unsqueeze(-2), high) - low).clamp_min(0.0)
+    gain = sides.prod(-1).sum(-1)
+    value = make_acquisition(model, X, Y)(points).detach().exp()
+    error = gain.std(0) / math.sqrt(len(gain))
+    assert bool(((value - gain.mean(0)).abs() < 5 * error).all())
+
+
+def test_hypervolume_counts_only_where_constraints_hold():
+    X, Y = data(lambda X: torch.cat([bowl(X), bowl(1 - X), X[:, :1]], -1))
+    Y[:, 2] = X[:, 0] - 0.25
+    model = surrogates.fit("gp", X, Y)
+    points = CUBE.sobol(64, seed=1)
+    value = make_acquisition(model, X, Y, constraints=1)(points).detach()
+    assert float(value[points[:, 0] > 0.5].max()) < float(value[points[:, 0] < 0.2].max()) - 5
+
+
+def _means(model, X):
+    with torch.no_grad():
+        return model.posterior(X.unsqueeze(-2)).mean[:, 0]
