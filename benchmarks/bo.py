@@ -145,15 +145,21 @@ def losses_after_each(
 def summary(
     method: str, methods: list[str], losses: dict[tuple[str, str, int], NDArray[np.float64]]
 ) -> dict[str, Any]:
-    """Mean rank and regret of a method, with standard errors over problems."""
+    """Mean rank and regret of a method, with standard errors over problems.
+
+    Its rivals are the methods that run on all problems; those of few problems are ranked one by one
+    among these.
+    """
     row: dict[str, Any] = {"method": method}
+    rivals = [m for m in methods if m not in EXPENSIVE or m == method]
+    row["runs"] = sum(len(complete(rivals, name, losses)) for name in PROBLEMS)
     for group, names in (("", list(PROBLEMS)), ("real, ", list(REAL))):
         for after in AFTER:
             ranks, regrets = [], []
             for name in names:
-                if not any((method, name, seed) in losses for seed in range(100)):
+                if not complete(rivals, name, losses):
                     continue
-                rank, regret = on_problem(method, methods, name, after, losses)
+                rank, regret = on_problem(method, rivals, name, after, losses)
                 ranks.append(rank)
                 regrets.append(regret)
             if ranks:
@@ -165,32 +171,37 @@ def summary(
 
 def on_problem(
     method: str,
-    methods: list[str],
+    rivals: list[str],
     name: str,
     after: int,
     losses: dict[tuple[str, str, int], NDArray[np.float64]],
 ) -> tuple[float, float]:
     """Mean rank over seeds, and mean regret over that of random search.
 
-    Only methods that ran on most problems are ranked; 1 is the best. The regret is relative to the
-    best value that any method found on the problem.
+    Ranked are the rivals, of which the method is one, over the seeds that all of them have run; 1
+    is the best. The regret is relative to the best value that any method found on the problem.
     """
-    rivals = [m for m in methods if m not in EXPENSIVE or m == method]
-    seeds = [s for s in range(100) if (method, name, s) in losses]
+    seeds = complete(rivals, name, losses)
     ranks = []
     for seed in seeds:
-        at = np.array(
-            [losses[m, name, seed][after - 1] for m in rivals if (m, name, seed) in losses]
-        )
+        at = np.array([losses[m, name, seed][after - 1] for m in rivals])
         mine = losses[method, name, seed][after - 1]
         ranks.append(1 + np.sum(at < mine) + (np.sum(at == mine) - 1) / 2)
     every = [values for key, values in losses.items() if key[1] == name]
     best = min(float(values.min()) for values in every)
     of = {
-        m: np.mean([v[after - 1] for k, v in losses.items() if k[:2] == (m, name)]) - best
+        m: np.mean([losses[m, name, seed][after - 1] for seed in seeds]) - best
         for m in (method, "random")
     }
     return float(np.mean(ranks)), float(of[method] / max(of["random"], 1e-12))
+
+
+def complete(
+    methods: list[str], name: str, losses: dict[tuple[str, str, int], NDArray[np.float64]]
+) -> list[int]:
+    """The seeds that all of the methods have run on a problem."""
+    seeds = {seed for _, problem, seed in losses if problem == name}
+    return sorted(s for s in seeds if all((m, name, s) in losses for m in methods))
 
 
 def by_problem(

@@ -16,6 +16,7 @@ HEADINGS = {
     "speed-cache": "A query on a cached context",
     "speed-sampling": "Prior sampling",
     "speed-training": "A training step against the machine's matrix products",
+    "speed-suggest": "A suggestion of an optimizer",
     "peers": "Training against the `pfns` package",
     "compute-gp": "The gap of `gp` against its training",
     "uci": "Small real tables",

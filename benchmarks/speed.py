@@ -8,6 +8,7 @@ Contenders take turns and medians are compared, by the clock and in CPU time, on
     cache     one query on an encoded context against a pass over all of it
     sampling  the prior's batched draws against one GPyTorch model per draw
     training  a training step's model FLOP/s against the matrix-product peak at its own shapes
+    suggest   one suggestion of an optimizer by each surrogate, fit and acquisition
 """
 
 from __future__ import annotations
@@ -28,17 +29,23 @@ import typer
 from botorch import fit_gpytorch_mll
 from botorch.exceptions.warnings import InputDataWarning
 from botorch.models import SingleTaskGP
+from botorch.test_functions import Hartmann
 from common import Timing, measure, save
 from gpytorch.priors import LogNormalPrior
+from optuna.distributions import FloatDistribution
 from torch import Tensor
 from torch.distributions import LogNormal
 
 import pfn
+import surrogates
 from pfn.monitor import training_flops
 from pfn.pretrain import PretrainConfig, Progress, architecture, plan, pretrain
 from priors import GaussianProcess
 from priors.nuts import Settings
 from priors.reference import nuts_posterior
+from surrogates.acquisition import suggest
+from surrogates.names import FITS
+from surrogates.spaces import Space
 
 Task = tuple[tuple[Tensor, Tensor], Tensor]
 Rows = list[dict[str, Any]]
@@ -59,6 +66,7 @@ def main(
         "sampling": lambda: sampling(repeats),
         "training": lambda: training(repeats),
         "nuts": lambda: nuts(model, repeats),
+        "suggest": lambda: suggestions(max(3, repeats // 5)),
     }
     for section in sections or run:
         save(f"speed-{section}", run[section]())
@@ -111,6 +119,36 @@ def nuts(model: str, repeats: int) -> Rows:
         row = compare("n = 100, m = 1000, d = 5", label, timings, 300)
         rows.append(row | {"its compilation, ms": 1e3 * (first - timings["rival"].wall)})
     return rows
+
+
+def suggestions(repeats: int) -> Rows:
+    """A step of optimization after 50 evaluations of Hartmann's function of 6 inputs."""
+    space = Space({f"x{i}": FloatDistribution(0.0, 1.0) for i in range(6)})
+    X = space.sobol(50, seed=0)
+    Y = -Hartmann(dim=6)(X).unsqueeze(-1)
+    Y = (Y - Y.mean(0)) / Y.std(0)
+    box = torch.tensor([[0.0] * 6, [1.0] * 6])
+
+    def step(name: str) -> Callable[[], object]:
+        seeds = itertools.count()  # another one each time, as in a run
+
+        def call() -> object:
+            seed = next(seeds)
+            return suggest(
+                surrogates.fit(name, X, Y, bounds=box, seed=seed), X, Y, space, seed=seed
+            )
+
+        return call
+
+    contenders = {name: step(name) for name in FITS}
+    for call in contenders.values():
+        call()  # what happens once, such as compilation
+    rounds = [{name: clock(call) for name, call in contenders.items()} for _ in range(repeats)]
+    wall = {name: median(each[name].wall for each in rounds) for name in FITS}
+    return [
+        {"surrogate": name, "seconds": seconds, "times pfn": seconds / wall["pfn"]}
+        for name, seconds in wall.items()
+    ]
 
 
 def clock(call: Callable[[], object]) -> Timing:

@@ -84,8 +84,8 @@ def plot_slices(
 ) -> list[Axes]:
     """The surrogate along parameters through the best point, and the acquisition below.
 
-    Mean, 50 % and 90 % intervals of the noise-free function, in the objective's units; dots are all
-    evaluations, wherever they lie in the other parameters.
+    Median, 50 % and 90 % intervals of the noise-free function, in the objective's units; dots are
+    all evaluations, wherever they lie in the other parameters.
 
     Args:
         names: of parameters; all by default.
@@ -119,7 +119,8 @@ def plot_slices(
     sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
 
     def in_units(y: Tensor) -> Any:
-        return (sign * (history.center[0] + history.scale[0] * y)).numpy()
+        padded = y.unsqueeze(-1).expand(*y.shape, history.Y.shape[1])
+        return (sign * history.outcomes.decode(padded)[..., 0]).numpy()
 
     if figure is None:
         size = (max(4.0, 2.6 * len(names)), 4.2)
@@ -141,7 +142,8 @@ def plot_slices(
                     upper.fill_between(x, low, high, color=color, lw=0)
             style = "o" if parameter.is_one_hot else "-"
             ticks = list(range(len(x))) if parameter.is_one_hot else x
-            upper.plot(ticks, in_units(law.mean), style, color=BLUE, lw=2)
+            middle = in_units(law.icdf(torch.tensor(0.5, dtype=line.dtype)))
+            upper.plot(ticks, middle, style, color=BLUE, lw=2)
             lower.plot(ticks, score.numpy(), style, color=INK, lw=1)
         seen = [space.decode(point)[name] for point in history.X]
         seen = [x.index(value) for value in seen] if parameter.is_one_hot else seen

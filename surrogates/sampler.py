@@ -29,6 +29,7 @@ from torch import Tensor
 from surrogates.acquisition import Belief, hold_fixed, incumbents, is_known, suggest
 from surrogates.fitting import fit
 from surrogates.names import FITS, SAMPLERS
+from surrogates.outcomes import Outcomes, read_outcomes
 from surrogates.spaces import Space
 
 MAX_COLUMNS = {"pfn": 20}  # of the network's training; the others take any number
@@ -44,11 +45,10 @@ class History(NamedTuple):
     """What a study knows, in the columns of a space."""
 
     X: Tensor  # (n, dim) evaluated
-    Y: Tensor  # (n, m) for maximization, then constraints, in units of their standard deviations
+    Y: Tensor  # (n, m) for maximization, then constraints, in the surrogate's units
     constraints: int
     pending: Tensor  # (k, dim) running, failed, or pruned without a report
-    center: Tensor  # (m,) in the users' units, for maximization: center + scale * Y
-    scale: Tensor  # (m,)
+    outcomes: Outcomes  # whose `decode` gives Y in the users' units, for maximization
 
 
 class PFNSampler(BaseSampler):
@@ -63,6 +63,7 @@ class PFNSampler(BaseSampler):
     - A pruned trial counts with its last report, but as no better than the median of the completed
       ones; without a report, or with several objectives, it counts as failed.
     - Infinite values count as the largest or smallest finite one.
+    - Values of a single objective that are worse than their median are seen on a logarithmic scale.
     - Constraints of `trial.set_constraint` hold at values <= 0. Trials that lack one of them count
       as failed.
     - Before there is any observation the prior predictive is the same everywhere up to the
@@ -351,7 +352,7 @@ def read_history(
     trials = [trial for trial in trials if trial.number != number]
     keys = sorted({key for t in trials for key in constraints_of(t)})
     evaluated: list[Tensor] = []
-    outcomes: list[list[float]] = []
+    rows: list[list[float]] = []
     pruned: list[bool] = []
     pending: list[Tensor] = []
     for trial in trials:
@@ -363,18 +364,18 @@ def read_history(
             pending.append(x)
         else:
             evaluated.append(x)
-            outcomes.append([s * v for s, v in zip(signs, values, strict=True)])
-            outcomes[-1] += [limits[key] for key in keys]
+            rows.append([s * v for s, v in zip(signs, values, strict=True)])
+            rows[-1] += [limits[key] for key in keys]
             pruned.append(trial.state == TrialState.PRUNED)
-    Y = torch.tensor(outcomes, dtype=torch.float64).reshape(-1, len(directions) + len(keys))
+    Y = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(directions) + len(keys))
     Y = torch.stack([_clip_infinite(column) for column in Y.T], -1)
     stopped = torch.tensor(pruned, dtype=torch.bool)
     if bool(stopped.any()) and not bool(stopped.all()):
         middle = Y[~stopped, 0].median()
         Y[:, 0] = torch.where(stopped, Y[:, 0].clamp_max(middle), Y[:, 0])
-    center, scale = _units(Y, len(directions))
+    outcomes = read_outcomes(Y, len(directions))
     X, waiting = _stack(evaluated, space), _stack(pending, space)
-    return History(X, (Y - center) / scale, len(keys), waiting, center, scale)
+    return History(X, outcomes.encode(Y), len(keys), waiting, outcomes)
 
 
 def known_params(trial: FrozenTrial) -> dict[str, Any]:
@@ -445,15 +446,6 @@ def _values(trial: FrozenTrial, count: int) -> list[float] | None:
 def _clip_infinite(column: Tensor) -> Tensor:
     finite = column[column.isfinite()]
     return column.clamp(finite.min(), finite.max()) if len(finite) else column.clamp(-1.0, 1.0)
-
-
-def _units(Y: Tensor, objectives: int) -> tuple[Tensor, Tensor]:
-    """Means, but 0 for constraints, whose limit it is, and standard deviations, (m,) each."""
-    if not len(Y):
-        return torch.zeros(Y.shape[1], dtype=Y.dtype), torch.ones(Y.shape[1], dtype=Y.dtype)
-    deviation = Y.std(0, correction=0)
-    is_objective = torch.arange(Y.shape[1]) < objectives
-    return torch.where(is_objective, Y.mean(0), 0.0), torch.where(deviation > 0, deviation, 1.0)
 
 
 def _others(study: Study, trial: FrozenTrial, space: Space) -> Tensor:

@@ -150,7 +150,7 @@ def test_pruned_trials_count_with_their_last_report_but_no_better_than_the_media
     add(study, {"x": 0.6}, LINE, **pruned)
     add(study, {"x": 0.7}, LINE, intermediate_values={3: math.nan}, **pruned)
     history = history_of(study, LINE)
-    y = history.center + history.scale * history.Y
+    y = history.outcomes.decode(history.Y)
     assert y[:, 0].tolist() == pytest.approx([1.0, 2.0, 3.0, 1.5, 2.0])
     assert history.pending[:, 0].tolist() == [0.6, 0.7]
 
@@ -160,7 +160,7 @@ def test_infinite_values_count_as_the_extreme_finite_ones():
     for x, value in ((0.1, 1.0), (0.2, math.inf), (0.3, 5.0), (0.4, -math.inf)):
         add(study, {"x": x}, LINE, [value])
     history = history_of(study, LINE)
-    y = -(history.center + history.scale * history.Y)[:, 0]
+    y = -history.outcomes.decode(history.Y)[:, 0]
     assert y.tolist() == pytest.approx([1.0, 5.0, 5.0, 1.0])
     study = make_study(space=LINE)
     add(study, {"x": 0.2}, LINE, [math.inf])
