@@ -3,8 +3,9 @@
 Every run of a method on a problem with a seed is a line of `results/bo-runs/METHOD.jsonl`, written
 as soon as it is done, so that a killed benchmark continues; to repeat a method, delete its file.
 `report` makes results/bo.json of them: the rank of each method among all on each problem and seed,
-regrets relative to what random search leaves, and seconds per suggestion. Lower is better; in
-several objectives the hypervolume that is missed counts.
+regrets relative to what random search leaves, and seconds per suggestion beside whatever else ran
+(`speed.py suggest` times them alone). Lower is better; in several objectives the hypervolume that
+is missed counts. Our samplers begin as `surrogates.minimize` does.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from numpy.typing import NDArray
 from objectives import PROBLEMS, REAL, Problem, hypervolume
 
 import surrogates
+from surrogates.optimize import STARTUP_TRIALS
 
 app = typer.Typer(add_completion=False)
 EVALUATIONS, AFTER = 40, (20, 40)
-STARTUP_TRIALS = 10  # Sobol points; Optuna's samplers begin with ten random ones
 RIVALS = {
     "random": optuna.samplers.RandomSampler,
     "TPE": optuna.samplers.TPESampler,
@@ -53,12 +54,16 @@ def run(
 ) -> None:
     """Runs what is missing, one seed of all methods and problems after the other."""
     runs.mkdir(parents=True, exist_ok=True)
+    for file in runs.glob("*.jsonl"):  # without a line that was being written at a kill
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     done = {(r["method"], r["problem"], r["seed"]) for r in read(runs)}
     missing = [
         (name, problem, seed)
         for seed in range(seeds)
         for problem in only or list(PROBLEMS)
         for name in method or METHODS
+        if only or name not in EXPENSIVE or problem in FOR_EXPENSIVE
         if (name, problem, seed) not in done
     ]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -94,8 +99,8 @@ def read(runs: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line)
         for file in sorted(runs.glob("*.jsonl"))
-        for line in file.read_text(encoding="utf-8").splitlines()
-        if line.endswith("}")  # one that was being written when the benchmark was killed
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
     ]
 
 
@@ -207,15 +212,17 @@ def complete(
 def by_problem(
     methods: list[str], losses: dict[tuple[str, str, int], NDArray[np.float64]]
 ) -> list[dict[str, Any]]:
-    """Mean losses after all evaluations, a row for each problem."""
+    """Mean losses after all evaluations over the ranked seeds, a row for each problem."""
     rows = []
     for name in PROBLEMS:
         row: dict[str, Any] = {"problem": name}
         for method in methods:
-            ends = [v[-1] for k, v in losses.items() if k[:2] == (method, name)]
+            seeds = complete(
+                [m for m in methods if m not in EXPENSIVE or m == method], name, losses
+            )
+            ends = [losses[method, name, seed][-1] for seed in seeds]
             row[method] = float(np.mean(ends)) if ends else None
-        if any(row[method] is not None for method in methods):
-            rows.append(row)
+        rows.append(row)
     return rows
 
 

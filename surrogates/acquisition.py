@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.models.model import Model
 from botorch.sampling.get_sampler import get_sampler
 from botorch.utils.multi_objective.box_decompositions.non_dominated import (
@@ -43,6 +42,7 @@ STARTS = 8  # candidates that are improved
 EVALUATIONS = 20  # of the acquisition and its gradient, in a round
 ROUNDS = 2  # of gradients and neighbours in turn
 CHUNK = 2048  # candidates in a batch
+LEAST_VARIANCE = 1e-18  # of a normal predictive
 SAME = 1e-6  # points nearer than this, in every column, are one point
 
 
@@ -328,53 +328,42 @@ def _fantasize(model: Model, pending: Tensor, seed: int) -> Model:
 
 
 def _log_improvement(model: Model, X: Tensor, best: Tensor) -> Tensor:
-    """log E[max(f - best, 0)] at X (n, dim), (n,) or (n, fantasy) as `best` is () or (fantasy,)."""
-    best = best.unsqueeze(-1)
-    if isinstance(model, PriorFitted):
-        return _predictives(model, X).log_expected_improvement(best).movedim(-1, 0)
-    posterior: Any = model.posterior(_alone(model, X))
-    if hasattr(posterior, "log_expected_improvement"):
-        return posterior.log_expected_improvement(best)
-    return LogExpectedImprovement(model, best)(_alone(model, X))
+    """log E[max(f - best, 0)] at X (n, dim), (n, ...) for `best` (...).
 
-
-def _log_improvements(model: Model, X: Tensor, best: Tensor) -> Tensor:
-    """log E[max(f - best, 0)] at X (n, dim) over each of `best` (k,), (n, k)."""
-    if isinstance(model, PriorFitted):
-        law = _predictives(model, X)
-    else:  # of other models by mean and variance
-        mean, variance = _moments(model, X)
-        deviation = variance.clamp_min(1e-18).sqrt().unsqueeze(-1)
-        law = Predictive(torch.zeros_like(deviation), mean.unsqueeze(-1), deviation)
+    `best` is one for each fantasy, or any number of thresholds for a model without fantasies.
+    """
+    law = predictives(model, X)
     return law.log_expected_improvement(best.unsqueeze(-1)).movedim(-1, 0)
 
 
 def _log_feasibility(model: Model, X: Tensor) -> Tensor:
     """log P(constraint <= 0) at X (n, dim), (n,) or (n, fantasy), from mean and variance."""
     mean, variance = _moments(model, X)
-    return torch.special.log_ndtr(-mean / variance.clamp_min(1e-18).sqrt())
+    return torch.special.log_ndtr(-mean / variance.sqrt())
 
 
 def _moments(model: Model, X: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior means and variances at X (n, dim), each (n,) or (n, fantasy)."""
-    if isinstance(model, PriorFitted):
-        predictives = _predictives(model, X)
-        return predictives.mean.movedim(-1, 0), predictives.variance.movedim(-1, 0)
-    posterior: Any = model.posterior(_alone(model, X))
-    return posterior.mean[..., 0, 0], posterior.variance[..., 0, 0]
+    law = predictives(model, X)
+    return law.mean.movedim(-1, 0), law.variance.movedim(-1, 0)
 
 
-def _alone(model: Model, X: Tensor) -> Tensor:
-    """X (n, dim) as n batches of one point, the same for each fantasy: (n x fantasy x 1 x dim)."""
+def predictives(model: Model, X: Tensor) -> Predictive:
+    """Of the noise-free function at X (n, dim), batch_shape (n,) or (fantasy, n).
+
+    The network's own; of other models the normal distribution with the posterior's moments.
+    """
+    some: Any = model
     batch = model.batch_shape
+    if isinstance(model, PriorFitted):  # which reads each fantasy once, not once for each point
+        marginals: Predictive = some.posterior(X.expand(*batch, *X.shape)).marginals
+        return marginals
     points = X.reshape(len(X), *[1] * len(batch), 1, X.shape[-1])
-    return points.expand(len(X), *batch, 1, X.shape[-1])
-
-
-def _predictives(model: PriorFitted, X: Tensor) -> Predictive:
-    """Of batch_shape (fantasy, n): the network sees each fantasy once, not once for each point."""
-    posterior: Any = model.posterior(X.expand(*model.batch_shape, *X.shape))
-    return posterior.marginals
+    posterior = some.posterior(points.expand(len(X), *batch, 1, X.shape[-1]))
+    mean, variance = (part.movedim(0, -3) for part in (posterior.mean, posterior.variance))
+    deviation = variance.squeeze(-1).clamp_min(LEAST_VARIANCE).sqrt()
+    zero = torch.zeros_like(deviation)
+    return Predictive(zero, mean.squeeze(-1), deviation, validate_args=False)
 
 
 def _hypervolume(
@@ -406,9 +395,8 @@ def _hypervolume(
         total = torch.zeros(len(points), len(low), dtype=points.dtype)
         for part, below, above in zip(models[:count], low.T, high.T, strict=True):
             ends, index = torch.cat([below, above]).unique(return_inverse=True)
-            beyond = _log_improvements(
-                part, points, ends[ends.isfinite()]
-            )  # an infinite one is last
+            finite = ends[ends.isfinite()]  # an infinite one is last
+            beyond = _log_improvement(part, points, finite)
             beyond = F.pad(beyond, (0, len(ends) - beyond.shape[1]), value=-math.inf)
             more, less = beyond[:, index[: len(low)]], beyond[:, index[len(low) :]]
             total = total + more + torch.log1p(-(less - more).exp().clamp_max(1 - 1e-12))

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Callback = Callable[[Study, FrozenTrial], None]
 
-STARTUP_TRIALS = 10  # Sobol points, for which `benchmarks/bo.py` speaks
+STARTUP_TRIALS = 10  # Sobol points; Optuna's samplers begin with ten random ones
 ERROR = "error"  # user attribute of a failed trial
 RETRY = "retry_of"  # user attribute of a trial that repeats a lost one
 PATIENCE = 60.0  # seconds until another process gives way on SQLite
@@ -152,7 +152,7 @@ def minimize(
         objectives: how many numbers f returns.
         callbacks: Optuna's, called with the study and each finished trial; `study.stop()` ends the
             loop. With several workers they run in the worker.
-        options: of `PFNSampler`, whose `n_startup_trials` is 10 here, and of the surrogate.
+        options: of `PFNSampler`, whose n_startup_trials is 10 here, and of the surrogate.
 
     Raises:
         ValueError: bad arguments, or a storage whose study has another space or direction.

@@ -16,11 +16,9 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
-from torch.distributions import Normal
 
 from pfn.plot import BANDS, BLUE, GREY, INK, import_pyplot, quiet
-from surrogates.acquisition import incumbents, make_acquisition
-from surrogates.prior_fitted import PriorFitted
+from surrogates.acquisition import incumbents, make_acquisition, predictives
 from surrogates.sampler import PFNSampler, counted
 from surrogates.spaces import Space
 
@@ -132,7 +130,7 @@ def plot_slices(
         line[:, parameter.columns] = space.values(name, POINTS)
         x = [space.decode(point)[name] for point in line]
         with torch.no_grad():
-            law, score = _marginals(objective, line), acquisition(line)
+            law, score = predictives(objective, line), acquisition(line)
             for mass, color in BANDS.items():
                 ends = torch.tensor([(1 - mass) / 2, (1 + mass) / 2], dtype=line.dtype)
                 low, high = (in_units(law.icdf(end)) for end in ends)
@@ -142,7 +140,7 @@ def plot_slices(
                     upper.fill_between(x, low, high, color=color, lw=0)
             style = "o" if parameter.is_one_hot else "-"
             ticks = list(range(len(x))) if parameter.is_one_hot else x
-            middle = in_units(law.icdf(torch.tensor(0.5, dtype=line.dtype)))
+            middle = in_units(law.icdf(0.5))
             upper.plot(ticks, middle, style, color=BLUE, lw=2)
             lower.plot(ticks, score.numpy(), style, color=INK, lw=1)
         seen = [space.decode(point)[name] for point in history.X]
@@ -192,12 +190,3 @@ def _space(study: Study) -> Space:
 
 def _is_feasible(trial: FrozenTrial) -> bool:
     return all(limit <= 0 for limit in getattr(trial, "constraints", {}).values())
-
-
-def _marginals(model: Any, X: Tensor) -> Any:
-    """Distributions at X (n, dim), of batch_shape (n,)."""
-    if isinstance(model, PriorFitted):
-        exact: Any = model.posterior(X)
-        return exact.marginals
-    posterior = model.posterior(X.unsqueeze(-2))
-    return Normal(posterior.mean[:, 0, 0], posterior.variance[:, 0, 0].clamp_min(1e-18).sqrt())

@@ -76,8 +76,8 @@ class PFNSampler(BaseSampler):
         surrogate: a name in `surrogates.available()`.
         seed: of everything random.
         n_startup_trials: completed trials before the surrogate is asked; at least one is needed.
-            With ten, optima are found sooner: a surrogate that has seen next to nothing expects
-            most of the corners of the cube, which are farthest from what it has seen.
+            `minimize` begins with ten: a surrogate that has seen next to nothing expects most of
+            the corners of the cube, which are farthest from what it has seen.
         space: the parameters, if known in advance; else they are learned from the first trial.
         prior_optimum: where the user thinks that the optimum lies, as {"lr": (1e-4, 1e-2),
             "optimizer": "adam"}; see `acquisition.Belief`.

@@ -279,6 +279,15 @@ def test_hypervolume_counts_only_where_constraints_hold():
     assert float(value[points[:, 0] > 0.5].max()) < float(value[points[:, 0] < 0.2].max()) - 5
 
 
+def test_a_pending_point_adds_less_hypervolume():
+    X, Y = data(lambda X: torch.cat([bowl(X), bowl(1 - X)], -1))
+    model = surrogates.fit("gp", X, Y)
+    pending = suggest(model, X, Y, CUBE, num_candidates=256).unsqueeze(0)
+    before = make_acquisition(model, X, Y)(pending).item()
+    after = make_acquisition(model, X, Y, pending=pending)(pending).item()
+    assert after < before - 1
+
+
 def _means(model, X):
     with torch.no_grad():
         return model.posterior(X.unsqueeze(-2)).mean[:, 0]
