@@ -69,6 +69,8 @@ def run(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(one, *job) for job in missing]
         for count, future in enumerate(as_completed(futures), 1):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)  # or the rest would run, and be lost
             kept = future.result()
             with (runs / f"{kept['method']}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(kept) + "\n")

@@ -160,6 +160,9 @@ def pretrain(
     heads: Annotated[int | None, typer.Option(help="Attention heads; they divide width.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the whole run.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Checkpoint to begin with, such as gp; else random weights.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
     """Train a network on a prior.
@@ -179,6 +182,7 @@ def pretrain(
         "heads": heads,
         "lr": lr,
         "seed": seed,
+        "init": init,
     }
     loaded = load_recipe(recipe, **settings)
     folder = out or Path("runs") / loaded.name

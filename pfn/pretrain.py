@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pfn.library import load
 from pfn.mixture import mixture_log_prob
 from pfn.optim import Optimizer
 from pfn.transformer import Final, Latent, Mixture, Transformer, TransformerConfig
@@ -66,6 +67,8 @@ class PretrainConfig:
         bf16: matrix products in bfloat16 (master weights stay float32).
         compile: the feed-forward layers by torch.compile, where the device gains.
         seed: of the initial weights and of all draws.
+        init: a checkpoint, by shipped name or path, whose weights the run begins with; by default
+            they are random. Its network must be as large, and know as many latents.
         save_every: seconds between saved states; a tenth of the budget if that is less.
 
     Raises:
@@ -102,6 +105,7 @@ class PretrainConfig:
     bf16: bool = True
     compile: bool = False
     seed: int = 0
+    init: str | None = None
     save_every: float = 120.0
 
     def __post_init__(self) -> None:
@@ -164,7 +168,8 @@ def pretrain(
         probe: called with the averaged weights whenever state is saved.
 
     Raises:
-        ValueError: if the saved state belongs to another recipe or prior.
+        ValueError: if the saved state belongs to another recipe or prior, or the initial weights to
+            another architecture.
         FloatingPointError: if the gradient is not finite for 20 steps in a row.
     """
     device = choose_device(device)
@@ -175,9 +180,11 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):  # initial weights come from the global generator
         torch.default_generator.manual_seed(config.seed)
         model = Transformer(network).to(device)
+    path = out / "state.safetensors"
+    if config.init is not None and not path.exists():
+        begin_with(config.init, model)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = Optimizer(model, weight_decay=config.weight_decay)
-    path = out / "state.safetensors"
     step, tasks, elapsed = 0, 0, 0.0
     if path.exists():
         step, tasks, elapsed = _load_state(path, config, model, average, optimizer)
@@ -246,6 +253,24 @@ def pretrain(
     if rank == 0:
         _save_state(path, config, model, average, optimizer, step, tasks, spent)
     return _with_weights(model, average)
+
+
+def begin_with(checkpoint: str, model: Transformer) -> None:
+    """Copies the weights of a checkpoint into `model`.
+
+    Raises:
+        ValueError: if there is none, or its parameters have other shapes.
+    """
+    weights = load(checkpoint).transformer.state_dict()
+    there = {name: tuple(value.shape) for name, value in weights.items()}
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if there != wanted:
+        name = next(k for k in sorted(there | wanted) if there.get(k) != wanted.get(k))
+        raise ValueError(
+            f"Expected an init with the recipe's architecture; {checkpoint!r} has {name} of shape"
+            f" {there.get(name)} where this network has {wanted.get(name)}."
+        )
+    model.load_state_dict(weights)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -18,11 +18,12 @@ from priors.warped import Warped
 def optimization() -> Mixture:
     """Warped processes, networks of infinite and of finite width, searched for their best.
 
-    Six tasks in ten are Gaussian processes, rough or smooth, with warped inputs and irrelevant
-    columns, as in HEBO+ (`priors.hebo_plus`); two are infinitely wide networks with heavy tails,
-    two finite networks, which are not stationary. Noise ranges from next to none to as much as the
-    signal. Points lie in spaces with integers and choices, half of those that networks are
-    trained on where a search for the best went (`priors.Searched`).
+    Eight tasks in ten are Gaussian processes, rough or smooth, with gently warped inputs and
+    irrelevant columns, as in HEBO+ (`priors.hebo_plus`); their lengthscales are those of objectives
+    that can be learned from few points, most of them longer than the box. One is an infinitely wide
+    network with heavy tails, one a finite network, which are not stationary. Noise ranges from next
+    to none to as much as the signal. Points lie in spaces with integers and choices, half of those
+    that networks are trained on where a search for the best went (`priors.Searched`).
 
     Latents in `Tasks`: "noise", and "component", the index of the part.
 
@@ -32,10 +33,10 @@ def optimization() -> Mixture:
         >>> optimization().sample(batch=64, n=60, d=5, generator=g).y.shape
         torch.Size([64, 60])
     """
-    noise = LogNormal(-6.0, 2.0)
+    noise = LogNormal(-5.0, 2.0)
     smooth = GaussianProcess(
         kernel=("matern32", "matern52", "rbf"),
-        lengthscale=LogNormal(math.log(0.5), 0.8),
+        lengthscale=LogNormal(0.0, 1.0),
         outputscale=LogNormal(0.0, 0.5),
         noise=noise,
         ard=True,
@@ -56,8 +57,8 @@ def optimization() -> Mixture:
         noise=noise,
     )
     parts = (
-        Warped(smooth, irrelevant=0.3),
+        Warped(smooth, (LogNormal(0.0, 0.5), LogNormal(0.0, 0.5)), irrelevant=0.2),
         ScaleMixture(wide, InverseGamma(2.0, 2.0), scaled_noise=False),
         network,
     )
-    return Mixture([Searched(part) for part in parts], (0.6, 0.2, 0.2))
+    return Mixture([Searched(part) for part in parts], (0.8, 0.1, 0.1))

@@ -45,6 +45,7 @@ from surrogates.base import Surrogate
 from surrogates.observations import Observations, append, observe, observe_more
 
 LEAST_LENGTHSCALE, LEAST_NOISE = 0.025, 1e-4  # as in BoTorch's GP
+MOST = 1e4  # of both: such a feature is irrelevant, such data are noise
 BEND = 0.1  # of readout weights: 0.05 of the cube at a point, before any evidence
 JITTER_OF_DRAWS = 1e-9  # relative to the prior variance
 
@@ -529,7 +530,7 @@ def _fit_student_t(x: Tensor, y: Tensor, df: float) -> StudentTHyperparameters:
         return value.item(), point.grad.numpy()
 
     start = torch.cat([prior.mode.log(), torch.zeros(1, dtype=x.dtype)]).numpy()
-    least = [math.log(LEAST_LENGTHSCALE)] * d + [math.log(LEAST_NOISE)]
-    bounds = [*((low, None) for low in least), (None, None)]
+    ranges = [(LEAST_LENGTHSCALE, MOST)] * d + [(LEAST_NOISE, MOST)]  # a line search goes far
+    bounds = [*((math.log(low), math.log(high)) for low, high in ranges), (None, None)]
     best = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
     return read(torch.from_numpy(best))

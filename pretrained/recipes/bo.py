@@ -15,6 +15,6 @@ config = PretrainConfig(
     max_context=256,
     standardized_share=0.8,
     bounded_share=0.6,
-    lr=5e-3,
+    lr=4e-3,
     seconds=4200,
 )

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Gamma, LogNormal, Normal
 
 import pfn.pretrain
+from pfn.card import ModelCard, save_checkpoint
 from pfn.experts import Forecast
 from pfn.mixture import mixture_log_prob
 from pfn.optim import Optimizer
@@ -249,6 +251,32 @@ def test_a_finished_run_returns_its_weights_without_another_step(tmp_path: Path)
     again, steps = run(Lines(), dataclasses.replace(config, save_every=7.0), tmp_path)
     assert steps == []
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_run_begins_with_the_weights_of_a_checkpoint_once(tmp_path: Path) -> None:
+    first, _ = run(Lines(), dataclasses.replace(CONFIG, tasks=200), tmp_path / "first")
+    save_checkpoint(
+        tmp_path / "first", first, ModelCard("first", first.config, None, CONFIG.max_context)
+    )
+    config = dataclasses.replace(CONFIG, tasks=1, lr=0.0, init=str(tmp_path / "first"))
+    begun, steps = run(Lines(), config, tmp_path / "second")
+    assert len(steps) == 1
+    for name, weight in begun.state_dict().items():  # checkpoints are in half precision
+        torch.testing.assert_close(weight, first.state_dict()[name].half().float())
+    longer = dataclasses.replace(config, tasks=400, lr=1e-2)
+    trained, _ = run(Lines(), longer, tmp_path / "third")
+    shutil.rmtree(tmp_path / "first")  # a run that continues needs it no more
+    again, steps = run(Lines(), longer, tmp_path / "third")
+    assert steps == []
+    assert all(map(torch.equal, trained.state_dict().values(), again.state_dict().values()))
+
+
+def test_initial_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, init="gp-1d")
+    with pytest.raises(ValueError, match="architecture; 'gp-1d' has"):
+        run(Lines(), config, tmp_path)
+    with pytest.raises(ValueError, match="Expected a model among"):
+        run(Lines(), dataclasses.replace(CONFIG, init="nothing"), tmp_path)
 
 
 @pytest.mark.parametrize(
