@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from objectives import PROBLEMS, REAL, Problem, hypervolume
 
 import surrogates
+from pfn.plot import BLUE, GREY, INK, import_pyplot, quiet
 from surrogates.optimize import STARTUP_TRIALS
 
 app = typer.Typer(add_completion=False)
@@ -42,6 +43,9 @@ FOR_EXPENSIVE = ("Branin", "Hartmann-6", "network draw, 10-d", "SVR, diabetes")
 Runs = Annotated[Path, typer.Option(help="where runs are kept")]
 RUNS = common.RESULTS / "bo-runs"
 DIGITS = 6  # of losses that are kept
+FIGURE = Path(__file__).parent.parent / "docs" / "optimization.png"
+TITLES = ("mean rank", "regret, random search's is 1")
+OTHERS = {"color": GREY, "lw": 1.2}
 
 
 @app.command()
@@ -94,6 +98,7 @@ def report(runs: Runs = RUNS) -> None:
         ],
     )
     common.save("bo-problems", by_problem(methods, losses))
+    draw([m for m in methods if m not in EXPENSIVE], losses)
 
 
 def read(runs: Path) -> list[dict[str, Any]]:
@@ -201,6 +206,46 @@ def on_problem(
         for m in (method, "random")
     }
     return float(np.mean(ranks)), float(of[method] / max(of["random"], 1e-12))
+
+
+def draw(methods: list[str], losses: dict[tuple[str, str, int], NDArray[np.float64]]) -> None:
+    """Mean ranks and regrets after each evaluation, over the problems that all have run."""
+    plt = import_pyplot()
+    names = [name for name in PROBLEMS if complete(methods, name, losses)]
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
+    steps = np.arange(STARTUP_TRIALS, EVALUATIONS + 1)
+    ends = []
+    for method in methods:
+        every = [[on_problem(method, methods, name, k, losses) for name in names] for k in steps]
+        curves = np.array(every).mean(1).T  # (2, step)
+        ends.append(curves[:, -1])
+        for ax, curve in zip(axes, curves, strict=True):
+            style = {"color": BLUE, "lw": 2.4, "zorder": 3} if method == "pfn" else OTHERS
+            ax.plot(steps, curve, **style)
+    for ax, values, title in zip(axes, np.array(ends).T, TITLES, strict=True):
+        places = apart(values, 0.045 * float(np.ptp(ax.get_ylim())))
+        for method, value, place in zip(methods, values, places, strict=True):
+            color = BLUE if method == "pfn" else INK
+            ax.plot([EVALUATIONS, EVALUATIONS + 1], [value, place], color=GREY, lw=0.6)
+            ax.text(EVALUATIONS + 1.3, place, method, color=color, va="center", fontsize="small")
+        ax.set(title=title, xlabel="evaluations", xlim=(STARTUP_TRIALS, EVALUATIONS + 8))
+        ax.set_xticks(steps[::10])
+        quiet(ax)
+    figure.savefig(FIGURE, dpi=90)
+    plt.close(figure)
+
+
+def apart(values: NDArray[np.float64], least: float) -> NDArray[np.float64]:
+    """Heights of labels near `values` (k,), at least so far apart from each other."""
+    order = np.argsort(values, kind="stable")
+    places = values[order].copy()
+    for _ in range(200):
+        overlap = (least - np.diff(places)).clip(0) / 2
+        places[:-1] -= overlap
+        places[1:] += overlap
+    found = np.empty_like(places)
+    found[order] = places
+    return found
 
 
 def complete(

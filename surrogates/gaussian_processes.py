@@ -27,6 +27,7 @@ from botorch.posteriors import Posterior
 from botorch.sampling.base import MCSampler
 from botorch.sampling.get_sampler import GetSampler
 from botorch.sampling.normal import IIDNormalSampler, SobolQMCNormalSampler
+from gpytorch.constraints import Interval
 from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
 from gpytorch.mlls import ExactMarginalLogLikelihood
@@ -46,6 +47,7 @@ from surrogates.observations import Observations, append, observe, observe_more
 
 LEAST_LENGTHSCALE, LEAST_NOISE = 0.025, 1e-4  # as in BoTorch's GP
 MOST = 1e4  # of both: such a feature is irrelevant, such data are noise
+REACH = 6.0  # standard deviations of a prior that a line search may go
 BEND = 0.1  # of readout weights: 0.05 of the cube at a point, before any evidence
 JITTER_OF_DRAWS = 1e-9  # relative to the prior variance
 
@@ -256,6 +258,8 @@ class InfiniteWidthKernel(Kernel):  # type: ignore[misc] # GPyTorch has no types
         # logarithms of the variances of weights and biases, and of the output scale
         self.register_parameter("log_scales", nn.Parameter(location.clone()))
         _register_normal_prior(self, "log_scales", location, scale)
+        ends = location - REACH * scale, location + REACH * scale
+        self.register_constraint("log_scales", Interval(*ends, transform=None))
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
         weight_variance, bias_variance, outputscale = self.log_scales.exp()

@@ -13,12 +13,15 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from botorch.exceptions import ModelFittingError
 from botorch.models.model import Model
+from gpytorch.utils.errors import NanError, NotPSDError
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.search_space import intersection_search_space
@@ -36,6 +39,8 @@ MAX_COLUMNS = {"pfn": 20}  # of the network's training; the others take any numb
 PARAMS = "pfn:params"  # system attributes of trials: what was suggested,
 WORKER = "pfn:worker"  # by which process,
 LOST = "pfn:lost"  # and why the trial does not count
+_LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+FAILURES = (ModelFittingError, NotPSDError, NanError, _LinAlgError)  # of a fit
 ATTEMPTS = 10  # to suggest what no other process has suggested meanwhile
 
 _ONE_AT_A_TIME = threading.Lock()  # threads of one study see each other's suggestions
@@ -69,8 +74,11 @@ class PFNSampler(BaseSampler):
     - Before there is any observation the prior predictive is the same everywhere up to the
       surface of the cube, so the first trials are points of a scrambled Sobol sequence; random
       points where their parameters are not known in advance, see `space`.
-    - More columns than `max_columns`: each trial changes a random subset of the parameters, which
-      is all that its surrogate sees, and keeps the others at the best trial's values.
+    - Where a surrogate's fit breaks down numerically, a warning says so, and the trial is the next
+      Sobol point.
+    - More columns than `max_columns`: each trial changes some parameters, which are all that its
+      surrogate sees, and keeps the others at the best trial's values. They are drawn without
+      replacement, by their relevance to a Gaussian process: its squared inverse lengthscales.
 
     Args:
         surrogate: a name in `surrogates.available()`.
@@ -268,8 +276,17 @@ class PFNSampler(BaseSampler):
         names = part.distributions
         with torch.random.fork_rng(devices=[]):  # whatever a surrogate's library draws from
             torch.manual_seed(seed)
+            try:
+                model = self._fit(seen, seed)
+            except FAILURES as error:
+                warnings.warn(
+                    f"{self.surrogate} could not be fitted to {len(seen.X)} trials, so trial"
+                    f" {trial.number} is a Sobol point: {error}",
+                    stacklevel=2,
+                )
+                return self._first(space, step, given, known)
             x = suggest(
-                self._fit(seen, seed),
+                model,
                 seen.X,
                 seen.Y,
                 part,
@@ -297,7 +314,7 @@ class PFNSampler(BaseSampler):
     ) -> tuple[Space, Tensor, Tensor]:
         """The parameters of this step's surrogate, their columns (dim,), and the rest's values.
 
-        All, or a random subset that fits in `max_columns`, free parameters first.
+        All, or a subset that fits in `max_columns`, free parameters first, then the relevant.
         """
         columns = torch.ones(space.dim, dtype=torch.bool)
         generator = torch.Generator().manual_seed(seed)
@@ -309,7 +326,10 @@ class PFNSampler(BaseSampler):
         limit = self.max_columns
         if limit is None or space.dim <= limit:
             return space, columns, rest
-        order = torch.randperm(len(space.parameters), generator=generator).tolist()
+        gumbel = -torch.empty(len(space.parameters)).exponential_(generator=generator).log()
+        relevance = _relevance(history, seed)
+        score = gumbel + torch.stack([relevance[p.columns].sum().log() for p in space.parameters])
+        order = score.argsort(descending=True).tolist()
         order.sort(key=lambda index: space.parameters[index].name in given)
         columns[:] = False
         for index in order:
@@ -320,9 +340,7 @@ class PFNSampler(BaseSampler):
         return Space(chosen), columns, rest
 
     def _fit(self, history: History, seed: int) -> Model:
-        d = history.X.shape[1]
-        box = torch.tensor([[0.0] * d, [1.0] * d], dtype=torch.float64)
-        return fit(self.surrogate, history.X, history.Y, bounds=box, seed=seed, **self.options)
+        return fit(self.surrogate, history.X, history.Y, seed=seed, **self.options)
 
     def _count(self, history: History) -> int:
         """The number of observations, if there are enough for a surrogate, else 0."""
@@ -339,6 +357,14 @@ class PFNSampler(BaseSampler):
         """A seed of its own for a step, and a parameter that is drawn alone."""
         text = f"{self.seed}:{step}:{name}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
+
+
+def _relevance(history: History, seed: int) -> Tensor:
+    """Squared inverse lengthscales (dim,) of Gaussian processes, summed over outputs."""
+    model: Any = fit("gp", history.X, history.Y, seed=seed)
+    models = model.models if history.Y.shape[1] > 1 else [model]
+    lengthscales = torch.stack([part.covar_module.lengthscale.flatten() for part in models])
+    return lengthscales.detach().square().reciprocal().sum(0)
 
 
 def read_history(

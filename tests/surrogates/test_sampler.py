@@ -13,6 +13,7 @@ from optuna.testing.pytest_samplers import (
 )
 from optuna.trial import TrialState, create_trial
 
+import surrogates.sampler
 from surrogates.sampler import (
     LOST,
     PFNSampler,
@@ -255,6 +256,38 @@ def test_many_columns_move_in_subsets_around_the_best():
     study.tell(trial, 0.0)
     later = study.ask(space)
     assert [n for n in space if abs(later.params[n] - trial.params[n]) > 1e-12] != moved
+
+
+def test_of_many_columns_those_that_matter_move_most_often():
+    space = {f"x{i}": FloatDistribution(0.0, 1.0) for i in range(12)}
+    study = make_study(space=space, max_columns=3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        values = torch.rand(12, generator=generator).tolist()
+        add(study, dict(zip(space, values, strict=True)), space, [(values[3] - 0.3) ** 2])
+    moves = dict.fromkeys(space, 0)
+    for _ in range(6):
+        best = study.best_trial.params
+        trial = study.ask(space)
+        for name in space:
+            moves[name] += abs(trial.params[name] - best[name]) > 1e-12
+        study.tell(trial, (trial.params["x3"] - 0.3) ** 2)
+    assert moves["x3"] >= 4  # of 6; three of twelve at random are 1.5
+    assert study.best_value < 1e-3
+
+
+def test_a_fit_that_breaks_down_costs_no_trial(monkeypatch):
+    def broken(*args, **options):
+        raise torch.linalg.LinAlgError("not positive-definite")
+
+    study = make_study(space=PLANE)
+    study.optimize(bowl, n_trials=2)
+    monkeypatch.setattr(surrogates.sampler, "fit", broken)
+    with pytest.warns(UserWarning, match="gp could not be fitted to 2 trials, so trial 2 is"):
+        study.optimize(bowl, n_trials=1)
+    monkeypatch.undo()
+    study.optimize(bowl, n_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
 
 
 def test_a_belief_about_the_optimum_leads_the_first_trials():
