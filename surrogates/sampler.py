@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from botorch.exceptions import ModelFittingError
 from botorch.models.model import Model
-from gpytorch.utils.errors import NanError, NotPSDError
+from linear_operator.utils.errors import NanError, NotPSDError
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.search_space import intersection_search_space
