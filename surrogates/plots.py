@@ -25,9 +25,11 @@ from surrogates.spaces import Space
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 SLICES = 4  # parameters that `plot_result` shows
 POINTS = 200  # of a curve
+FENCE = 4.0  # distances from the best to the median: values farther below that are left out
 
 
 def plot_result(study: Study) -> Figure:
@@ -51,7 +53,10 @@ def plot_result(study: Study) -> Figure:
 
 
 def plot_best(study: Study, ax: Axes | None = None) -> Axes:
-    """Each evaluation's value, and the best so far; failed evaluations are ticks below."""
+    """Each evaluation's value, and the best so far; failed evaluations are ticks below.
+
+    Values so bad that the rest would be a line are counted in words instead.
+    """
     if len(study.directions) > 1:
         raise ValueError("Expected a study of one objective; plot_front shows several.")
     ax = import_pyplot().subplots(layout="constrained")[1] if ax is None else ax
@@ -72,6 +77,7 @@ def plot_best(study: Study, ax: Axes | None = None) -> Axes:
         ax.plot(failed, [0.02] * len(failed), "|", color=INK, transform=height, label="failed")
     ax.set_xlabel("trial", color=INK)
     ax.set_ylabel("value", color=INK)
+    _leave_out_terrible(ax, np.array(values), sign)
     quiet(ax)
     ax.legend(frameon=False, fontsize="small", labelcolor=INK)
     return ax
@@ -153,6 +159,7 @@ def plot_slices(
                 ax.set_xscale("log")
             quiet(ax)
         lower.set_xlabel(name, color=INK)
+    _leave_out_terrible(grid[0, 0], in_units(history.Y[:, 0]), sign)
     grid[0, 0].set_ylabel("value", color=INK)
     grid[1, 0].set_ylabel("log acquisition", color=INK)
     return [*grid[0], *grid[1]]
@@ -173,6 +180,23 @@ def plot_parallel(study: Study, objective: int = 0) -> Axes:
         target=lambda trial: trial.values[objective],
         target_name=f"objective {objective}",
     )
+
+
+def _leave_out_terrible(ax: Axes, values: NDArray[np.float64], sign: float) -> None:
+    """Ends the axis of values (k,) before the terrible ones, and says how many there are."""
+    if not len(values):
+        return
+    best, middle = (sign * values).max(), np.median(sign * values)
+    terrible = sign * values < middle - FENCE * (best - middle)
+    if best == middle or not terrible.any():
+        return
+    kept = values[~terrible]
+    margin = 0.08 * np.ptp(kept)
+    ax.set_ylim(kept.min() - margin, kept.max() + margin)
+    height, side = (0.03, "bottom") if sign > 0 else (0.97, "top")  # where they would be
+    words = f"{terrible.sum()} worse, not shown"
+    ax.text(0.99, height, words, color=GREY, fontsize="small", ha="right", va=side,
+            transform=ax.transAxes)  # fmt: skip
 
 
 def _optuna(name: str, study: Study, **options: Any) -> Any:

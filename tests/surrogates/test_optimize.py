@@ -16,7 +16,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from surrogates.optimize import RETRY, load_objective, maximize, minimize, recover, spent
-from surrogates.plots import plot_parallel
+from surrogates.plots import plot_best, plot_parallel
 from surrogates.sampler import LOST, PFNSampler, counted, stamp, write_attribute
 
 ROOT = Path(__file__).parents[2]
@@ -313,6 +313,21 @@ def test_constraints_and_several_objectives():
     assert {"value_0", "value_1"} <= set(result.trace.columns)
     assert result.plot() is not None and plot_parallel(result.study) is not None
     assert len(json.loads(json.dumps(result.summary()))["x"]) == len(result.x)
+
+
+@pytest.mark.parametrize(("search", "sign"), [(minimize, 1.0), (maximize, -1.0)])
+def test_a_terrible_evaluation_does_not_set_the_value_axis(search, sign):
+    def f(x):
+        return sign * (1e6 if x[0] > 0.95 else (x[0] - 0.3) ** 2)
+
+    study = search(f, [(0, 1)], budget=8, surrogate="sobol").study
+    study.enqueue_trial({"x0": 0.99})
+    study.optimize(lambda trial: f([trial.suggest_float("x0", 0, 1)]), n_trials=1)
+    ax = plot_best(study)
+    low, high = ax.get_ylim()
+    kept = [t.value for t in study.trials if abs(t.value) < 1e6]
+    assert low < min(kept) and max(kept) < high and high - low < 2 * (max(kept) - min(kept))
+    assert [text.get_text() for text in ax.texts] == ["1 worse, not shown"]
 
 
 def test_plots_of_a_mixed_space(tmp_path):
