@@ -87,18 +87,18 @@ def several(problem: Any) -> Problem:
     return Problem(space, partial(of_botorch, problem), reference=reference)
 
 
-def network_draw() -> Problem:
-    """A function drawn from a network of two layers of 256 tanh units, of 10 inputs.
+def network_draw(d: int) -> Problem:
+    """A function drawn from a network of two layers of 256 tanh units, of d inputs.
 
     The study draws such functions of 400 inputs (Li, Rudner and Wilson, arXiv 2305.20028).
     """
     prior = BNN(width=256, depth=2, weight_variance=(20.0, 4.0, 1.0), noise=1e-6)
-    parameters = prior.draw_parameters(1, 10, generator=torch.Generator().manual_seed(0))
+    parameters = prior.draw_parameters(1, d, generator=torch.Generator().manual_seed(0))
 
     def function(point: Point) -> float:
         return float(prior.functions(parameters, torch.from_numpy(vector(point))[None, None]))
 
-    return Problem(box(10), function)
+    return Problem(box(d), function)
 
 
 def noisy() -> Problem:
@@ -310,7 +310,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "Branin": lambda: synthetic(Branin()),
     "Hartmann-6": lambda: synthetic(Hartmann(dim=6)),
     "Ackley-10": lambda: synthetic(Ackley(dim=10, bounds=[(-10.0, 25.0)] * 10)),  # not centred
-    "network draw, 10-d": network_draw,
+    "network draw, 10-d": lambda: network_draw(10),
+    "network draw, 200-d": lambda: network_draw(200),
     "noisy Hartmann-3": noisy,
     "nonstationary": nonstationary,
     "pest control": pest_control,
