@@ -5,7 +5,7 @@ as soon as it is done, so that a killed benchmark continues; to repeat a method,
 `report` makes results/bo.json of them: the rank of each method among all on each problem and seed,
 regrets relative to what random search leaves, and seconds per suggestion beside whatever else ran
 (`speed.py suggest` times them alone). Lower is better; in several objectives the hypervolume that
-is missed counts. Our samplers begin as `surrogates.minimize` does.
+is missed counts. Our samplers begin with as many points as `surrogates.minimize`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def run(
 
 @app.command()
 def report(runs: Runs = RUNS) -> None:
-    """Ranks, regrets and times of all runs."""
+    """Ranks, regrets and times of all runs; seconds are means from the sixth evaluation on."""
     losses, seconds = {}, {}
     for r in read(runs):
         losses[r["method"], r["problem"], r["seed"]] = np.array(r["losses"])

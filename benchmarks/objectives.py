@@ -1,7 +1,7 @@
 """Problems of `bo.py`: synthetic functions, and tunings of models on data that scikit-learn has.
 
-Each is a space of Optuna distributions and a function of one point, to be minimised, with the best
-value that is known, where one is. Multi-objective problems have a reference point instead.
+Each is a space of Optuna distributions and a function of one point, to be minimised; those of
+several objectives have a reference point.
 """
 
 from __future__ import annotations
@@ -45,10 +45,8 @@ class Problem(NamedTuple):
 
     space: dict[str, BaseDistribution]
     function: Callable[[Point], Any]  # a number, or one for each objective
-    optimum: float | None = None  # the least value, without noise
     true: Callable[[Point], float] | None = None  # without noise, where the function has some
     reference: tuple[float, ...] = ()  # of several objectives: worse than all that matters
-    is_real: bool = False
 
 
 def box(d: int, low: float = 0.0, high: float = 1.0) -> dict[str, BaseDistribution]:
@@ -68,22 +66,13 @@ def of_botorch(problem: Any, point: Point) -> Any:
 
 
 def synthetic(problem: Any) -> Problem:
+    """A function of BoTorch; several objectives come with a reference point."""
     low, high = problem.bounds.double()
     space: dict[str, BaseDistribution] = {
         f"x{i}": FloatDistribution(float(a), float(b))
         for i, (a, b) in enumerate(zip(low, high, strict=True))
     }
-    return Problem(space, partial(of_botorch, problem), float(problem.optimal_value))
-
-
-def several(problem: Any) -> Problem:
-    """Several objectives: BoTorch states the reference point of their maximisation or of ours."""
-    low, high = problem.bounds.double()
-    space: dict[str, BaseDistribution] = {
-        f"x{i}": FloatDistribution(float(a), float(b))
-        for i, (a, b) in enumerate(zip(low, high, strict=True))
-    }
-    reference = tuple(float(r) for r in problem.ref_point)
+    reference = tuple(map(float, problem.ref_point)) if problem.num_objectives > 1 else ()
     return Problem(space, partial(of_botorch, problem), reference=reference)
 
 
@@ -109,7 +98,7 @@ def noisy() -> Problem:
         return float(of_botorch(hartmann, point)) + 0.3 * float(rng.standard_normal())
 
     true = partial(of_botorch, hartmann)
-    return Problem(box(3), function, float(hartmann.optimal_value), true)
+    return Problem(box(3), function, true)
 
 
 def nonstationary() -> Problem:
@@ -135,7 +124,7 @@ def embedded() -> Problem:
     def function(point: Point) -> float:
         return float(hartmann(torch.from_numpy(vector(point)[columns]).unsqueeze(0)))
 
-    return Problem(box(50), function, float(hartmann.optimal_value))
+    return Problem(box(50), function)
 
 
 DISCOUNT = np.array([0.0, 0.2, 0.3, 0.3, 0.0])  # of all stages with one pesticide, at most
@@ -214,7 +203,7 @@ def real(
     def function(point: Point) -> float:
         return score(make_pipeline(StandardScaler(), make(**point)), name, scoring)
 
-    return Problem(space, function, is_real=True)
+    return Problem(space, function)
 
 
 def log(low: float, high: float) -> FloatDistribution:
@@ -317,8 +306,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "pest control": pest_control,
     "ordinal Ackley": ordinal,
     "Hartmann-6 of 50": embedded,
-    "BraninCurrin": lambda: several(BraninCurrin()),
-    "DTLZ2": lambda: several(DTLZ2(dim=6, num_objectives=2)),
+    "BraninCurrin": lambda: synthetic(BraninCurrin()),
+    "DTLZ2": lambda: synthetic(DTLZ2(dim=6, num_objectives=2)),
     **REAL,
 }
 

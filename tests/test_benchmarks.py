@@ -11,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from botorch.utils.multi_objective.hypervolume import Hypervolume
+from botorch.utils.multi_objective.pareto import is_non_dominated
 from torch.distributions import Normal
 
 
@@ -155,6 +158,43 @@ def test_gpytorch_draws_the_tasks_of_the_prior_that_it_is_timed_against(benchmar
             # log of a chi-square with one degree of freedom: mean -1.27, variance pi^2 / 2
             error = 4 * math.sqrt((log_std**2 + math.pi**2 / 2) / 150)
             assert float(log_squares.mean()) == pytest.approx(log_median - 1.27, abs=error)
+
+
+def test_the_hypervolume_is_botorchs(benchmark_module) -> None:
+    objectives: ModuleType = benchmark_module("objectives")
+    values = torch.rand(12, 2, generator=torch.Generator().manual_seed(0)).double()
+    reference = torch.tensor([0.8, 0.9], dtype=torch.float64)
+    expected = Hypervolume(-reference).compute(-values[is_non_dominated(-values)])
+    assert objectives.hypervolume(values.numpy(), (0.8, 0.9)) == pytest.approx(expected)
+    assert objectives.hypervolume(values.numpy(), (-1.0, -1.0)) == 0
+
+
+def test_noisy_losses_are_true_values_where_the_least_was_seen(benchmark_module) -> None:
+    bo: ModuleType = benchmark_module("bo")
+    problem = benchmark_module("objectives").noisy()
+    seen, true = np.array([3.0, 1.0, 2.0, 0.5]), np.array([1.0, 4.0, 0.0, 2.0])
+    assert bo.losses_after_each(problem, seen, true).tolist() == [1.0, 4.0, 4.0, 2.0]
+
+
+def test_ranks_share_ties_and_regrets_are_relative_to_random_search(benchmark_module) -> None:
+    bo: ModuleType = benchmark_module("bo")
+    ends = {"a": [1.0, 1.0], "b": [1.0, 3.0], "random": [5.0, 2.0]}  # method: loss of each seed
+    losses = {
+        (method, "Branin", seed): np.full(40, value)
+        for method, values in ends.items()
+        for seed, value in enumerate(values)
+    }
+    losses["a", "Branin", 2] = np.full(40, 0.5)  # a seed that others lack sets only the best
+    found = {m: bo.on_problem(m, list(ends), "Branin", 40, losses) for m in ends}
+    assert {m: rank for m, (rank, _) in found.items()} == {"a": 1.25, "b": 2.25, "random": 2.5}
+    assert found["random"][1] == 1.0
+    assert found["a"][1] == pytest.approx((1.0 - 0.5) / (3.5 - 0.5))
+
+
+def test_labels_are_apart_and_in_order(benchmark_module) -> None:
+    places = benchmark_module("bo").apart(np.array([0.3, 0.0, 0.31, 0.3, 2.0]), 0.1)
+    assert np.argsort(places, kind="stable").tolist() == [1, 0, 3, 2, 4]
+    assert np.diff(np.sort(places)).min() > 0.099
 
 
 def test_the_report_writes_tables_between_its_marks_and_nowhere_else(
