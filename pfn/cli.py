@@ -283,11 +283,11 @@ def optimize(
         workers=workers,
         trial_timeout=trial_timeout,
     )
+    typer.echo(json.dumps(result.summary(), indent=1) if as_json else str(result))
     if out:
         result.trace.to_csv(out, index=False)
     if plot:
         result.plot().savefig(plot, dpi=150)
-    typer.echo(json.dumps(result.summary(), indent=1) if as_json else str(result))
     if result.interrupted:
         sys.exit(130)
 

@@ -1,7 +1,8 @@
 """`minimize` and `maximize`: a SciPy-like front on an Optuna study.
 
 Every evaluation is in the storage before the next one begins. An objective that raises, hangs, or
-returns NaN is recorded as failed and stepped over; a loop that was killed goes on where it was.
+returns no number is recorded as failed and stepped over; a loop that was killed goes on where it
+was.
 Read `sampler.py` for the suggestions, `worker.py` for the processes, `plots.py` for the figures.
 """
 
@@ -17,13 +18,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
+import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
@@ -32,7 +34,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
 from surrogates.sampler import LOST, WORKER, PFNSampler, counted, step_of, write_attribute
 from surrogates.spaces import Space, read_space
@@ -59,8 +61,9 @@ class Result:
 
     Attributes:
         x: the best point, a vector or a dict as the objective takes it; of several objectives the
-            list of those on the Pareto front; None if no evaluation succeeded.
-        value: of the best point; of several objectives (k, m); nan if no evaluation succeeded.
+            list of those on the Pareto front. None, or an empty list, if no evaluation succeeded
+            and met the constraints.
+        value: of the best point, nan if there is none; of several objectives (k, m).
         study: the Optuna study, with everything in it.
         interrupted: whether Ctrl-C ended the loop before the budget was spent.
     """
@@ -92,8 +95,9 @@ class Result:
         return {"x": x, "value": value, "evaluations": dict(counts), "study": self.study.study_name}
 
     def __str__(self) -> str:
-        if self.x is None:
-            return "no evaluation succeeded"
+        if self.x is None or len(self.x) == 0:
+            succeeded = any(t.state == TrialState.COMPLETE for t in _evaluations(self.study))
+            return f"no evaluation {'met the constraints' if succeeded else 'succeeded'}"
         if isinstance(self.value, float):
             return f"value {self.value:.6g} at {self.summary()['x']}"
         pairs = zip(self.value.tolist(), self.summary()["x"], strict=True)
@@ -104,10 +108,6 @@ class Result:
         from surrogates.plots import plot_result
 
         return plot_result(self.study)
-
-
-class Failure(Exception):
-    """An evaluation that is stepped over."""
 
 
 def minimize(
@@ -127,13 +127,15 @@ def minimize(
 ) -> Result:
     """The best point that `budget` evaluations of an expensive function found.
 
-    - Exceptions, NaN, and infinite values on the good side become failed evaluations; infinite ones
-      on the other side stay values. All count for the budget.
+    - Exceptions, `sys.exit`, NaN, what is not a number, and infinite values on the good side become
+      failed evaluations; infinite ones on the other side stay values. All count for the budget.
+    - A warning says so if no evaluation succeeded, or none met the constraints.
     - With a storage, the same call continues the study of that name, and several processes may make
       it at once; `budget` is what they have together. Trials of a process that died on this machine
       are queued again, once; a trial whose process dies a second time has failed. Trials of other
       machines are never taken for dead: `study.tell(number, state=TrialState.FAIL)` gives one up.
-    - Ctrl-C returns what there is. The evaluation that it stopped is queued again.
+    - Ctrl-C returns what there is. The evaluation that it stopped is queued again. Whatever else
+      ends the loop, such as a callback's exception, has the study as its attribute `study`.
     - A progress line with the incumbent appears on a terminal.
 
     Args:
@@ -147,7 +149,7 @@ def minimize(
         storage: such as "sqlite:///tuning.db", or an Optuna storage; in memory by default.
         workers: processes on that storage.
         trial_timeout: seconds after which an evaluation has failed; the objective then runs in a
-            child process, which is killed with all it started.
+            child process, which is killed with all it started. Starting it takes no time of this.
         study_name: of the study in the storage.
         objectives: how many numbers f returns.
         callbacks: Optuna's, called with the study and each finished trial; `study.stop()` ends the
@@ -158,7 +160,7 @@ def minimize(
         ValueError: bad arguments, or a storage whose study has another space or direction.
 
     On Linux child processes are forks, in which torch has one thread, as PyTorch's data loaders
-    are; elsewhere `f` must be a function of a module.
+    are; elsewhere `f` must be a function of a module, and with several workers so must callbacks.
 
     Example:
         >>> result = minimize(lambda x: (x[0] - 0.3) ** 2, [(0, 1)], budget=5, surrogate="sobol")
@@ -223,6 +225,8 @@ def recover(study: Study) -> int:
 def trace(study: Study) -> pd.DataFrame:
     """A row for each evaluation, see `Result.trace`.
 
+    Parameters named like another column have the prefix `params_`.
+
     Raises:
         ImportError: naming what is missing.
     """
@@ -237,16 +241,21 @@ def trace(study: Study) -> pd.DataFrame:
         values = trial.values or [math.nan] * len(study.directions)
         if len(study.directions) == 1:
             complete = trial.state == TrialState.COMPLETE
-            is_feasible = all(limit <= 0 for limit in getattr(trial, "constraints", {}).values())
-            best = max(best, sign * values[0]) if complete and is_feasible else best
+            best = max(best, sign * values[0]) if complete and is_feasible(trial) else best
             row |= {"value": values[0], "best": sign * best if best > -math.inf else math.nan}
         else:
             row |= {f"value_{i}": value for i, value in enumerate(values)}
-        row |= trial.params
-        row["seconds"] = trial.duration.total_seconds() if trial.duration else math.nan
-        row["error"] = trial.user_attrs.get(ERROR)
-        rows.append(row)
+        seconds = trial.duration.total_seconds() if trial.duration else math.nan
+        ends = {"seconds": seconds, "error": trial.user_attrs.get(ERROR)}
+        taken = {*row, *ends}
+        row |= {f"params_{k}" if k in taken else k: value for k, value in trial.params.items()}
+        rows.append(row | ends)
     return pd.DataFrame(rows)
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether an evaluation met its constraints."""
+    return all(limit <= 0 for limit in trial.constraints.values())
 
 
 def optimize_command(source: str, space: Path, *, largest: bool, **settings: Any) -> Result:
@@ -315,34 +324,56 @@ def _optimize(
         opened = _open(storage, workers, Path(folder))
         study = _open_study(opened, study_name, sampler, distributions, [direction] * objectives)
         recover(study)
-
-        def evaluate(params: dict[str, Any]) -> Any:
-            return f(np.array(list(params.values()), dtype=np.float64) if as_vector else params)
-
+        evaluate = _Evaluate(f, as_vector, tuple(study.directions))
         loop = _Loop(evaluate, distributions, budget, trial_timeout, tuple(callbacks))
-        interrupted = False
+        interrupted, failure = False, None
         with _Line(budget) as line:
             try:
                 line.show(study)
                 if workers == 1:
                     loop.run(study, [line.callback])
                 else:
-                    _run_workers(loop, study, storage, opened, study_name, sampler, workers, line)
+                    shared = opened if storage is None else storage
+                    work = _Work(loop, shared, study_name, sampler)
+                    _run_workers(work, study, workers, line)
             except KeyboardInterrupt:
                 interrupted = True
+            except Exception as error:
+                failure = error
             line.show(study)
         if storage is None and workers > 1:  # out of the temporary folder
             kept = InMemoryStorage()
             optuna.copy_study(from_study_name=study_name, from_storage=opened, to_storage=kept)
             study = optuna.load_study(study_name=study_name, storage=kept, sampler=sampler)
+    if failure is not None:
+        failure.study = study  # type: ignore[attr-defined]
+        failure.add_note("The evaluations until then are in this exception's attribute `study`.")
+        raise failure
     return _result(study, as_vector, interrupted)
+
+
+@dataclass(frozen=True)
+class _Evaluate:
+    """The values and constraints of a point; a class, which another process can import."""
+
+    f: Callable[[Any], Any]
+    as_vector: bool
+    directions: tuple[StudyDirection, ...]
+
+    def __call__(self, params: dict[str, Any]) -> tuple[list[float], dict[str, float]]:
+        x = np.array(list(params.values()), dtype=np.float64) if self.as_vector else params
+        try:
+            answer = self.f(x)
+        except (Exception, SystemExit) as error:
+            raise EvaluationError(describe(error)) from error
+        return _read_answer(answer, self.directions)
 
 
 @dataclass(frozen=True)
 class _Loop:
     """Evaluates until the budget is spent."""
 
-    evaluate: Callable[[dict[str, Any]], Any]
+    evaluate: _Evaluate
     distributions: dict[str, BaseDistribution]
     budget: int
     trial_timeout: float | None
@@ -355,18 +386,14 @@ class _Loop:
 
         if spent(study) >= self.budget:
             return
-        child = None
-        if self.trial_timeout is not None:
-            child = Child(self.evaluate, self.trial_timeout)
-        try:
+        timeout = self.trial_timeout
+        child = nullcontext(self.evaluate) if timeout is None else Child(self.evaluate, timeout)
+        with child as call:
             study.optimize(
-                lambda trial: self._objective(trial, child or self.evaluate),
-                catch=(Failure,),
+                lambda trial: self._objective(trial, call),
+                catch=(EvaluationError,),
                 callbacks=[*callbacks, *self.callbacks, stop_when_spent],
             )
-        finally:
-            if child is not None:
-                child.stop()
 
     def _objective(self, trial: Trial, call: Callable[[dict[str, Any]], Any]) -> list[float]:
         study = trial.study
@@ -377,12 +404,12 @@ class _Loop:
             raise optuna.TrialPruned
         try:
             params = {name: _ask(trial, name, d) for name, d in self.distributions.items()}
-            values, limits = _read_answer(_call(call, params), study.directions)
+            values, limits = call(params)
         except KeyboardInterrupt:
             write_attribute(study, frozen, LOST, "interrupted")
             _queue_again(study, study.trials[trial.number])
             raise
-        except Failure as failure:
+        except EvaluationError as failure:
             trial.set_user_attr(ERROR, str(failure))
             log.warning("Trial %d failed: %s", trial.number, failure)
             raise
@@ -401,34 +428,36 @@ def _evaluations(study: Study, *also: TrialState) -> list[FrozenTrial]:
     return counted(study.get_trials(deepcopy=False, states=(*ended, *also)))
 
 
-def _call(call: Callable[[dict[str, Any]], Any], params: dict[str, Any]) -> Any:
-    try:
-        return call(params)
-    except EvaluationError as error:
-        raise Failure(str(error)) from error
-    except Exception as error:
-        raise Failure(describe(error)) from error
-
-
 def _read_answer(
     answer: Any, directions: Sequence[StudyDirection]
 ) -> tuple[list[float], dict[str, float]]:
     """The values and the constraints that an objective returned."""
-    limits: dict[str, float] = {}
+    constraints: Mapping[Any, Any] = {}
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
-        answer, limits = answer[0], {str(key): float(v) for key, v in answer[1].items()}
-    try:
-        values = np.atleast_1d(np.asarray(answer, dtype=np.float64)).ravel().tolist()
-    except (TypeError, ValueError):
-        values = []
+        answer, constraints = answer
+    values = _read_numbers(answer)
     if len(values) != len(directions):
-        raise Failure(f"Expected {len(directions)} number(s) of the objective; got {answer!r}.")
+        raise EvaluationError(
+            f"Expected {len(directions)} number(s) of the objective; got {answer!r}."
+        )
     best = [math.inf if d == StudyDirection.MAXIMIZE else -math.inf for d in directions]
     if any(v != v or v == b for v, b in zip(values, best, strict=True)):
-        raise Failure(f"The objective returned {answer!r}.")
-    if any(limit != limit for limit in limits.values()):
-        raise Failure(f"The objective returned the constraints {limits}.")
-    return values, limits
+        raise EvaluationError(f"The objective returned {answer!r}.")
+    limits = {str(key): _read_numbers(limit) for key, limit in constraints.items()}
+    if any(len(limit) != 1 or limit[0] != limit[0] for limit in limits.values()):
+        raise EvaluationError(f"Expected constraints that are numbers; got {constraints!r}.")
+    return values, {key: limit[0] for key, limit in limits.items()}
+
+
+def _read_numbers(answer: Any) -> list[float]:
+    """The numbers of an answer, none if it is something else."""
+    parts = answer if isinstance(answer, list | tuple) else [answer]
+    try:
+        # tensors may require grad, or be elsewhere
+        parts = [part.tolist() if isinstance(part, torch.Tensor) else part for part in parts]
+        return np.asarray(parts, dtype=np.float64).ravel().tolist()
+    except Exception:  # an answer's conversion is code like the objective's
+        return []
 
 
 def _ask(trial: Trial, name: str, distribution: Any) -> Any:
@@ -486,16 +515,27 @@ def _open(storage: str | BaseStorage | None, workers: int, folder: Path) -> Base
 
 
 def open_storage(storage: str | BaseStorage) -> BaseStorage:
-    """The storage of a URL; SQLite waits for other processes instead of failing."""
+    """The storage of a URL; SQLite waits for other processes instead of failing.
+
+    Raises:
+        ValueError: if there cannot be one.
+    """
     if not isinstance(storage, str):
         return storage
     waits = {"connect_args": {"timeout": PATIENCE}} if storage.startswith("sqlite") else {}
-    for pause in (0.2, 0.5, 1.0):
+    pauses = [0.2, 0.5, 1.0]
+    while True:
         try:
             return RDBStorage(storage, engine_kwargs=waits)
-        except (IntegrityError, OperationalError):  # another process makes the tables just now
-            time.sleep(pause)
-    return RDBStorage(storage, engine_kwargs=waits)
+        except SQLAlchemyError as error:
+            # another process may make the tables just now
+            if not pauses or not isinstance(error, IntegrityError | OperationalError):
+                place = storage.rpartition("@")[2]  # without a password
+                raise ValueError(
+                    "Expected a storage such as sqlite:///tuning.db, in a folder that exists; got "
+                    f"{place!r}: {error.args[0]}"
+                ) from error
+        time.sleep(pauses.pop(0))
 
 
 def _open_study(
@@ -518,7 +558,15 @@ def _open_study(
             f"Expected study {name!r} to have directions {[d.name for d in directions]}; the "
             f"storage has {[d.name for d in study.directions]}. Choose another study_name."
         )
-    space = json.dumps({key: distribution_to_json(d) for key, d in distributions.items()})
+    try:
+        space = json.dumps({key: distribution_to_json(d) for key, d in distributions.items()})
+    except TypeError as error:
+        if not isinstance(storage, InMemoryStorage):
+            raise ValueError(
+                "Expected choices of None, bool, int, float and str, which a storage or workers "
+                f"can share; got {distributions}."
+            ) from error
+        space = repr(distributions)
     if study.user_attrs.setdefault("space", space) != space:
         raise ValueError(
             f"Expected study {name!r} to have the space {list(distributions)} with the same ranges;"
@@ -528,31 +576,32 @@ def _open_study(
     return study
 
 
-def _run_workers(
-    loop: _Loop,
-    study: Study,
-    storage: str | BaseStorage | None,
-    opened: BaseStorage,
-    name: str,
-    sampler: PFNSampler,
-    count: int,
-    line: _Line,
-) -> None:
-    """Worker processes until the budget is spent, or one of them is told to stop."""
+@dataclass(frozen=True)
+class _Work:
+    """What a worker does: the loop, on a storage of its own."""
 
-    def work(stop: Any) -> None:
-        own = Workers.reopen(opened if storage is None else storage, open_storage)
-        mine = optuna.load_study(study_name=name, storage=own, sampler=sampler)
+    loop: _Loop
+    storage: str | BaseStorage
+    study_name: str
+    sampler: PFNSampler
+
+    def __call__(self, stop: Any) -> None:
+        own = Workers.reopen(self.storage, open_storage)
 
         def follow(study: Study, _: FrozenTrial) -> None:
             if stop.is_set():
                 study.stop()
 
-        loop.run(mine, [follow])
-        if spent(mine) < loop.budget:
+        with _quiet():
+            study = optuna.load_study(study_name=self.study_name, storage=own, sampler=self.sampler)
+            self.loop.run(study, [follow])
+        if spent(study) < self.loop.budget:
             stop.set()
 
-    while spent(study) < loop.budget:
+
+def _run_workers(work: _Work, study: Study, count: int, line: _Line) -> None:
+    """Worker processes until the budget is spent, or one of them is told to stop."""
+    while spent(study) < work.loop.budget:
         try:
             with Workers(work, count) as workers:
                 while workers.are_alive(POLL):
@@ -568,22 +617,27 @@ def _result(study: Study, as_vector: bool, interrupted: bool) -> Result:
     def point(trial: FrozenTrial) -> Any:
         return np.array(list(trial.params.values())) if as_vector else dict(trial.params)
 
-    failed = [trial for trial in _evaluations(study) if trial.state == TrialState.FAIL]
-    try:
-        if len(study.directions) > 1:
-            front = study.best_trials
-            values = np.array([trial.values for trial in front]).reshape(len(front), -1)
-            return Result([point(trial) for trial in front], values, study, interrupted)
-        best = study.best_trial
-        return Result(point(best), best.values[0], study, interrupted)
-    except ValueError:
-        if failed:
-            warnings.warn(
-                f"No evaluation of {len(failed)} succeeded; the last: "
-                f"{failed[-1].user_attrs.get(ERROR)}",
-                stacklevel=4,
-            )
+    trials = _evaluations(study)
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    is_met = any(is_feasible(trial) for trial in complete)
+    if complete and not is_met:
+        text = f"No evaluation of {len(complete)} that succeeded met the constraints."
+        warnings.warn(text, stacklevel=4)
+    elif failed and not complete:
+        warnings.warn(
+            f"No evaluation of {len(failed)} succeeded; the last: "
+            f"{failed[-1].user_attrs.get(ERROR)}",
+            stacklevel=4,
+        )
+    if len(study.directions) > 1:
+        front = study.best_trials
+        values = np.array([t.values for t in front]).reshape(len(front), len(study.directions))
+        return Result([point(trial) for trial in front], values, study, interrupted)
+    if not is_met:
         return Result(None, math.nan, study, interrupted)
+    best = study.best_trial
+    return Result(point(best), best.values[0], study, interrupted)
 
 
 @contextmanager

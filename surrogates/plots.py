@@ -14,11 +14,12 @@ import optuna
 import torch
 from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from torch import Tensor
 
 from pfn.plot import BANDS, BLUE, GREY, INK, import_pyplot, quiet
 from surrogates.acquisition import incumbents, make_acquisition, predictives
+from surrogates.optimize import is_feasible
 from surrogates.sampler import PFNSampler, counted
 from surrogates.spaces import Space
 
@@ -33,22 +34,25 @@ FENCE = 4.0  # distances from the best to the median: values farther below that 
 
 
 def plot_result(study: Study) -> Figure:
-    """Best so far over slices of the surrogate; the Pareto front of several objectives."""
+    """Best so far over slices of the surrogate; the Pareto front of several objectives.
+
+    Best so far alone where `plot_slices` has nothing to show.
+    """
     plt = import_pyplot()
     if len(study.directions) > 1:
         axes: Any = (plot_front if len(study.directions) < 4 else plot_parallel)(study)
         whole: Figure = axes.get_figure()
         return whole
-    sampler = study.sampler
-    names = list(_space(study).parameters)[:SLICES]
-    if not isinstance(sampler, PFNSampler) or not sampler.has_surrogate or not names:
+    space = _space(study)
+    names = [parameter.name for parameter in space.parameters[:SLICES]]
+    if not names or _sampler_of_all(study, space) is None:
         figure, ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
         plot_best(study, ax)
         return figure
     figure = plt.figure(figsize=(max(6.4, 2.6 * len(names)), 6.4), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(2, 3))
     plot_best(study, top.subplots())
-    plot_slices(study, [parameter.name for parameter in names], bottom)
+    plot_slices(study, names, bottom)
     return figure
 
 
@@ -66,7 +70,7 @@ def plot_best(study: Study, ax: Axes | None = None) -> Axes:
     values = [trial.values[0] for trial in complete]
     sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
     scores = [
-        sign * v if _is_feasible(t) else -math.inf for t, v in zip(complete, values, strict=True)
+        sign * v if is_feasible(t) else -math.inf for t, v in zip(complete, values, strict=True)
     ]
     best = sign * np.maximum.accumulate(np.array(scores, dtype=np.float64))
     ax.scatter(numbers, values, s=16, color=GREY, lw=0, label="evaluations")
@@ -99,19 +103,17 @@ def plot_slices(
         The Axes of the slices, then those of the acquisition.
 
     Raises:
-        ValueError: a study without a `PFNSampler` that has a surrogate, or with several objectives.
+        ValueError: a study of several objectives, without a completed trial, or without a
+            `PFNSampler` that has a surrogate of all its columns.
     """
-    sampler = study.sampler
-    if (
-        len(study.directions) > 1
-        or not isinstance(sampler, PFNSampler)
-        or not sampler.has_surrogate
-    ):
-        raise ValueError(
-            "Expected a study of one objective whose sampler is a PFNSampler with a surrogate; got "
-            f"{len(study.directions)} objective(s) and {sampler}."
-        )
     space = _space(study)
+    sampler = _sampler_of_all(study, space)
+    if len(study.directions) > 1 or sampler is None:
+        raise ValueError(
+            "Expected a study of one objective whose sampler is a PFNSampler with a surrogate of "
+            f"all columns; got {len(study.directions)} objective(s), {study.sampler} and "
+            f"{space.dim} columns."
+        )
     names = [parameter.name for parameter in space.parameters] if names is None else names
     model, history = sampler.fit(study, space)
     objective = model.subset_output([0]) if history.Y.shape[1] > 1 else model
@@ -206,11 +208,16 @@ def _optuna(name: str, study: Study, **options: Any) -> Any:
         return getattr(optuna.visualization.matplotlib, name)(study, **options)
 
 
+def _sampler_of_all(study: Study, space: Space) -> PFNSampler | None:
+    """The study's sampler, if its surrogate sees all columns at once."""
+    sampler = study.sampler
+    if not isinstance(sampler, PFNSampler) or not sampler.has_surrogate:
+        return None
+    limit = sampler.max_columns
+    return sampler if limit is None or space.dim <= limit else None
+
+
 def _space(study: Study) -> Space:
     """The parameters that all trials share."""
     trials = counted(study.get_trials(deepcopy=False))
     return Space(intersection_search_space(trials, include_pruned=True))
-
-
-def _is_feasible(trial: FrozenTrial) -> bool:
-    return all(limit <= 0 for limit in getattr(trial, "constraints", {}).values())

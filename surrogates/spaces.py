@@ -203,30 +203,34 @@ class Space:
     def enumerate(self) -> Tensor:
         """All points (size, dim) of a space without continuous columns."""
         assert self.size < math.inf
-        values = [self.values(parameter.name) for parameter in self.parameters]
+        values = [self.values(parameter.name, parameter.levels) for parameter in self.parameters]
         rows = [torch.cat(row) for row in itertools.product(*values)]
         return torch.stack(rows) if self.dim else torch.zeros(1, 0, dtype=torch.float64)
 
-    def values(self, name: str, n: int = 200) -> Tensor:
-        """All values (k, width) of a parameter's columns; `n` evenly spread ones if infinite."""
-        parameter = next(p for p in self.parameters if p.name == name)
-        if not parameter.levels:
-            return torch.linspace(0.0, 1.0, n, dtype=torch.float64).unsqueeze(-1)
-        start = torch.zeros(parameter.width, dtype=torch.float64)
-        return self._values_near(start, parameter, everything=True)
+    def values(self, name: str, n: int) -> Tensor:
+        """At most n values (k, width) of a parameter's columns, evenly from end to end.
 
-    def _values_near(self, value: Tensor, parameter: Parameter, everything: bool = False) -> Tensor:
-        """Values (k, width) of a discrete parameter: all, or the nearest and ever further ones."""
+        Of a choice with columns of its own all, whatever n is.
+        """
+        parameter = next(p for p in self.parameters if p.name == name)
         if parameter.is_one_hot:
             return torch.eye(parameter.width, dtype=torch.float64)
-        last = parameter.levels - 1
-        if everything or parameter.levels <= NEAR:
+        if 0 < parameter.levels <= n:
             levels = torch.arange(parameter.levels, dtype=torch.float64)
-        else:
-            middle = _level_of(float(value), parameter)
-            strides = torch.logspace(0, math.log2(last), NEAR // 2, base=2.0).round().double()
-            levels = torch.cat([middle - strides, middle + strides])
-            levels = levels[(levels >= 0) & (levels <= last)].unique()
+            return _unit_of_levels(levels, parameter).unsqueeze(-1)
+        column = torch.linspace(0.0, 1.0, n, dtype=torch.float64)
+        column = _snap_levels(column, parameter).unique() if parameter.levels else column
+        return column.unsqueeze(-1)
+
+    def _values_near(self, value: Tensor, parameter: Parameter) -> Tensor:
+        """Values (k, width) of a discrete parameter: all, or the nearest and ever further ones."""
+        if parameter.is_one_hot or parameter.levels <= NEAR:
+            return self.values(parameter.name, NEAR)
+        last = parameter.levels - 1
+        middle = _level_of(float(value), parameter)
+        strides = torch.logspace(0, math.log2(last), NEAR // 2, base=2.0).round().double()
+        levels = torch.cat([middle - strides, middle + strides])
+        levels = levels[(levels >= 0) & (levels <= last)].unique()
         return _unit_of_levels(levels, parameter).unsqueeze(-1)
 
 
@@ -274,6 +278,8 @@ def _read_table(name: str, table: Any) -> BaseDistribution:
         )
     numbers = [table[key] for key in ("low", "high", "step") if key in table]
     whole = all(isinstance(number, int) for number in numbers)
+    if kind == "int" and not whole:
+        raise ValueError(f"Expected [{name}] of type int with whole numbers; got {table}.")
     try:
         return IntDistribution(**table) if kind != "float" and whole else FloatDistribution(**table)
     except (TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,24 +26,37 @@ from optuna.storages import BaseStorage
 from surrogates.sampler import stamp
 
 WATCH = 0.5  # seconds between looks at the parent
+IMPORTABLE = "Expected an objective that another process can import, a function of a module"
 
 
 class EvaluationError(RuntimeError):
-    """What another process says went wrong."""
+    """What went wrong with an evaluation, which is stepped over."""
 
 
 class Child:
     """A process that evaluates a function; it is killed, with all it started, after a timeout.
 
+    A context, which ends the process; the next call starts another where one was killed.
+
     Args:
-        f: of one argument.
+        f: of one argument; what it returns can be pickled, what it raises is an EvaluationError.
         timeout: seconds.
+
+    Raises:
+        ValueError: when entered, if another process cannot have the function.
     """
 
     def __init__(self, f: Callable[[Any], Any], timeout: float) -> None:
         self.f, self.timeout = f, timeout
         self.process: Any = None
         self.pipe: Connection | None = None
+
+    def __enter__(self) -> Child:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def __call__(self, argument: Any) -> Any:
         """f(argument).
@@ -60,9 +74,7 @@ class Child:
             if in_time:
                 is_answer, answer = self.pipe.recv()
         except (EOFError, OSError) as error:
-            self.process.join()
-            code = self.process.exitcode
-            self.stop()
+            code = self.stop()
             raise EvaluationError(f"The evaluation's process ended with code {code}.") from error
         except BaseException:
             self.stop()
@@ -74,21 +86,36 @@ class Child:
             raise EvaluationError(answer)
         return answer
 
-    def stop(self) -> None:
-        """Kills the process."""
+    def stop(self) -> int | None:
+        """Kills the process, and all it started; its exit code."""
         if self.process is None:
-            return
-        _kill(self.process)
+            return None
         assert self.pipe is not None
+        if os.name == "posix":
+            # before `join`, after which the id could be another's; no such group: not begun yet
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
         self.pipe.close()
+        code: int = self.process.exitcode
         self.process = self.pipe = None
+        return code
 
     def _start(self) -> None:
         context = _context()
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(self.f, other, self.pipe, os.getpid()))
-        start(self.process)
+        pipe, other = context.Pipe()
+        process = context.Process(target=_serve, args=(self.f, other, pipe, os.getpid()))
+        start(process)
+        self.process, self.pipe = process, pipe
         other.close()
+        try:
+            pipe.recv()  # that it is ready: new interpreters take seconds to begin
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, EOFError):
+                raise ValueError(f"{IMPORTABLE}; its process could not start.") from error
+            raise
 
 
 class Workers:
@@ -101,9 +128,9 @@ class Workers:
 
     def __init__(self, work: Callable[[Any], None], count: int) -> None:
         context = _context()
-        self.event = context.Event()
+        self.event, self.began = context.Event(), context.Event()
         self.failures = context.SimpleQueue()
-        arguments = (work, self.event, self.failures, os.getpid())
+        arguments = (work, self.event, self.began, self.failures, os.getpid())
         self.processes = [context.Process(target=_work, args=arguments) for _ in range(count)]
 
     @staticmethod
@@ -121,7 +148,9 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            _kill(process)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
     @property
     def stopped(self) -> bool:
@@ -130,8 +159,8 @@ class Workers:
 
     @property
     def died(self) -> bool:
-        """Whether the system ended a worker."""
-        return any(process.exitcode not in (0, 1) for process in self.processes)
+        """Whether a worker ended before its work did."""
+        return any(process.exitcode != 0 for process in self.processes)
 
     def are_alive(self, seconds: float) -> bool:
         """Whether one is, after a wait."""
@@ -141,9 +170,11 @@ class Workers:
         return any(process.is_alive() for process in self.processes)
 
     def raise_failure(self) -> None:
-        """Raises what ended a worker, if something did."""
+        """Raises what ended a worker, or kept all from starting, if something did."""
         if not self.failures.empty():
             raise RuntimeError(f"A worker failed.\n{self.failures.get()}")
+        if not self.began.is_set():
+            raise ValueError(f"{IMPORTABLE}; no worker could start.")
 
 
 def is_dead(owner: str) -> bool:
@@ -173,10 +204,7 @@ def start(process: Any) -> None:
         try:
             process.start()
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                "Expected an objective that another process can import, a function of a module: "
-                f"{error}"
-            ) from error
+            raise ValueError(f"{IMPORTABLE}: {error}") from error
 
 
 def _context() -> Any:
@@ -185,9 +213,10 @@ def _context() -> Any:
 
 
 def _serve(f: Callable[[Any], Any], pipe: Connection, other: Connection, parent: int) -> None:
-    """Answers evaluations until the parent goes."""
+    """Says that it is ready, then answers evaluations until the parent goes."""
     other.close()
     _settle(parent, own_group=True)
+    pipe.send(None)
     while True:
         try:
             argument = pipe.recv()
@@ -195,16 +224,14 @@ def _serve(f: Callable[[Any], Any], pipe: Connection, other: Connection, parent:
             return
         try:
             message = (True, f(argument))
-        except Exception as error:
-            message = (False, describe(error))
-        try:
-            pipe.send(message)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            pipe.send((False, f"Expected an answer that can be sent to the loop: {error}"))
+        except EvaluationError as error:
+            message = (False, str(error))
+        pipe.send(message)
 
 
-def _work(work: Callable[[Any], None], event: Any, failures: Any, parent: int) -> None:
+def _work(work: Callable[[Any], None], event: Any, began: Any, failures: Any, parent: int) -> None:
     _settle(parent, own_group=False)
+    began.set()
     try:
         work(event)
     except BaseException:
@@ -227,18 +254,6 @@ def _watch(parent: int, own_group: bool) -> None:
     if own_group and os.name == "posix":
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
-
-
-def _kill(process: Any) -> None:
-    if process.pid is None:
-        return
-    try:
-        if os.name == "posix" and os.getpgid(process.pid) == process.pid:
-            os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.kill()
-    process.join()
 
 
 def _is_zombie(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,11 +13,21 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from surrogates.optimize import RETRY, load_objective, maximize, minimize, recover, spent
-from surrogates.plots import plot_best, plot_parallel
+from surrogates.optimize import (
+    RETRY,
+    load_objective,
+    maximize,
+    minimize,
+    open_storage,
+    recover,
+    spent,
+    trace,
+)
+from surrogates.plots import plot_best, plot_parallel, plot_slices
 from surrogates.sampler import LOST, PFNSampler, counted, stamp, write_attribute
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +112,13 @@ def test_the_trace_has_a_row_for_each_evaluation():
     assert trace.best.tolist() == trace.value.cummax().tolist()
 
 
+def test_parameters_named_like_a_column_keep_both_in_the_trace():
+    space = {name: IntDistribution(0, 3) for name in ("value", "number", "error")}
+    trace = maximize(lambda p: 10 + p["value"], space, budget=2, surrogate="sobol").trace
+    assert trace.number.tolist() == [0, 1] and trace.error.isna().all()
+    assert (trace.value == 10 + trace.params_value).all()
+
+
 def test_exceptions_nan_and_infinities_are_stepped_over(caplog):
     def f(params):
         k = params["k"]
@@ -120,18 +138,91 @@ def test_exceptions_nan_and_infinities_are_stepped_over(caplog):
     assert "no licence" in caplog.text
 
 
+@pytest.mark.parametrize("trial_timeout", [None, 60.0])
+def test_answers_that_are_no_numbers_and_exits_are_stepped_over(trial_timeout):
+    answers = {
+        0: torch.tensor(3.0, requires_grad=True) * 1,  # of a graph, which does not pickle
+        1: (torch.tensor([2.0]), {"c": torch.tensor(-1.0, requires_grad=True)}),
+        2: (1.0, {"c": "bad"}),
+        3: (1.0, {"c": None}),
+        4: 10**400,
+        5: lambda: None,
+    }
+
+    def f(params):
+        if params["k"] == 6:
+            sys.exit(2)
+        return answers[params["k"]]
+
+    space = {"k": IntDistribution(0, 6)}
+    result = minimize(f, space, budget=7, surrogate="sobol", trial_timeout=trial_timeout)
+    trace = result.trace.sort_values("k")
+    assert trace.state.tolist() == ["complete"] * 2 + ["fail"] * 5
+    assert trace.value.tolist()[:2] == [3.0, 2.0]
+    words = ["'c': 'bad'", "'c': None", "1000", "lambda", "SystemExit: 2"]
+    assert all(word in error for word, error in zip(words, trace.error.tolist()[2:], strict=True))
+    assert result.x == {"k": 1}
+
+
 def test_where_everything_fails_there_is_no_best():
     with pytest.warns(UserWarning, match="No evaluation of 3 succeeded.*division"):
-        result = minimize(lambda x: 1 / 0, BOX, 3, "sobol")
+        result = minimize(lambda x: 1 / 0, BOX, 3, "gp")
     assert result.x is None and math.isnan(result.value)
     assert str(result) == "no evaluation succeeded"
+    assert result.plot() is not None
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_where_nothing_meets_the_constraints_the_result_says_so(objectives):
+    def f(x):
+        return [x[0], 1 - x[0]][:objectives], {"c": 1.0}
+
+    with pytest.warns(UserWarning, match="No evaluation of 3 .* met the constraints"):
+        result = minimize(f, BOX, 3, "sobol", objectives=objectives)
+    assert str(result) == "no evaluation met the constraints"
+    if objectives == 1:
+        assert result.x is None and math.isnan(result.value)
+    else:
+        assert result.x == [] and result.value.shape == (0, 2)
+    assert json.loads(json.dumps(result.summary()))["evaluations"] == {"complete": 3}
+    assert result.plot() is not None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_ends_the_loop_has_the_evaluations(monkeypatch, workers):
+    def break_down(*_):
+        raise RuntimeError("no such option")
+
+    monkeypatch.setattr(PFNSampler, "_fit", break_down)
+    with pytest.raises(RuntimeError, match="no such option") as caught:
+        minimize(bowl, BOX, 8, "gp", workers=workers, n_startup_trials=4)
+    assert "`study`" in caught.value.__notes__[0]
+    rows = trace(caught.value.study)
+    assert (rows.state == "complete").sum() >= 4
+
+
+def test_choices_of_any_kind_live_in_memory():
+    with pytest.warns(UserWarning, match="persistent storage"):
+        space = {"layer": CategoricalDistribution([torch.nn.ReLU, torch.nn.Tanh])}
+        result = minimize(lambda p: float(p["layer"]()(-torch.ones(()))), space, 2, "sobol")
+        assert result.x == {"layer": torch.nn.Tanh}
+        with pytest.raises(ValueError, match=r"Expected choices.*Tanh"):
+            minimize(lambda p: 1.0, space, 2, "sobol", workers=2)
+
+
+def test_a_storage_that_cannot_be_is_refused(tmp_path):
+    for storage in ("a.db", "magic://a", f"sqlite:///{tmp_path}/nowhere/a.db"):
+        with pytest.raises(ValueError, match="Expected a storage such as sqlite") as caught:
+            open_storage(storage)
+        assert storage in str(caught.value)
 
 
 def test_hanging_evaluations_are_killed_with_all_they_started(tmp_path):
     def f(params):
-        if params["k"] % 2:
+        if params["k"] % 2 or params["k"] == 4:
             child = subprocess.Popen(["sleep", "60"])
             (tmp_path / f"{params['k']}").write_text(str(child.pid))
+        if params["k"] % 2:
             time.sleep(60)
         if params["k"] == 4:
             os._exit(7)
@@ -270,18 +361,24 @@ def test_two_processes_share_a_hundred_trials_of_a_surrogate(tmp_path):
 @pytest.mark.parametrize("stored", [False, True])
 def test_workers_share_the_budget(tmp_path, stored):
     storage = f"sqlite:///{tmp_path}/a.db" if stored else None
-    result = minimize(lambda p: p["i"], GRID, 20, "sobol", storage=storage, workers=2)
+
+    def f(params):
+        time.sleep(0.05)  # or the first worker may be done before the second begins
+        return params["i"]
+
+    result = minimize(f, GRID, 20, "sobol", storage=storage, workers=2)
     assert len(set(points(result.study))) == len(result.trace) == 20
     assert len({t.system_attrs["pfn:worker"] for t in result.study.trials}) == 2
     assert result.value == 0.0
 
 
-def test_a_worker_that_dies_is_replaced_and_its_point_tried_once_more(tmp_path):
+@pytest.mark.parametrize("die", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(1)])
+def test_a_worker_that_dies_is_replaced_and_its_point_tried_once_more(tmp_path, die):
     def f(params):
         if (params["i"], params["j"]) == point:
             with (tmp_path / "deaths").open("a") as file:
                 file.write("x")
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         return params["i"]
 
     point = points(minimize(lambda p: p["i"], GRID, 3, "sobol").study)[1]
@@ -289,6 +386,32 @@ def test_a_worker_that_dies_is_replaced_and_its_point_tried_once_more(tmp_path):
     assert (tmp_path / "deaths").read_text() == "xx"
     assert len(result.trace) == 6
     assert result.trace.error.dropna().tolist() == ["its process died, twice"]
+
+
+@pytest.fixture
+def spawned(monkeypatch):
+    """New interpreters, as macOS and Windows have."""
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr("surrogates.worker._context", lambda: context)
+
+
+def test_new_interpreters_evaluate_a_function_of_a_module(tmp_path, monkeypatch, spawned):
+    text = "import time\ndef f(p):\n    time.sleep(30 if p['i'] == 3 else 0)\n    return p['i']\n"
+    (tmp_path / "objective_to_import.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    f = load_objective("objective_to_import:f")
+    space = {"i": IntDistribution(0, 3)}
+    result = minimize(f, space, 4, "sobol", workers=2, trial_timeout=0.5)
+    trace = result.trace.sort_values("i")
+    assert trace.value.tolist()[:3] == [0.0, 1.0, 2.0]
+    assert trace.state.tolist()[3] == "fail" and "TimeoutError" in trace.error.tolist()[3]
+
+
+@pytest.mark.parametrize("settings", [{"workers": 2}, {"trial_timeout": 60.0}])
+def test_new_interpreters_refuse_a_local_function(spawned, settings):
+    with pytest.raises(ValueError, match="a function of a module") as caught:
+        minimize(lambda x: 1.0, BOX, 2, "sobol", **settings)
+    assert not counted(caught.value.study.trials)
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
@@ -352,6 +475,13 @@ def test_plots_of_a_mixed_space(tmp_path):
     assert minimize(f, space, budget=3, surrogate="sobol").plot() is not None
 
 
+def test_a_surrogate_of_fewer_columns_than_the_study_has_no_slices():
+    result = minimize(bowl, BOX, 4, "gp", n_startup_trials=4, max_columns=1)
+    assert len(result.plot().axes) == 1
+    with pytest.raises(ValueError, match="all columns"):
+        plot_slices(result.study)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -392,6 +522,8 @@ def test_command_line(tmp_path):
     assert "bad k" in done.stderr
     assert len((tmp_path / "trace.csv").read_text().splitlines()) == 7
     assert (tmp_path / "a.png").stat().st_size > 0
+    lost = run("--plot", "nowhere/a.png")
+    assert lost.returncode == 2 and lost.stdout.startswith("value 0 at")
     (tmp_path / "space.toml").write_text("[k]\nlow = 0\n")
     bad = run()
     assert bad.returncode == 2 and bad.stderr.startswith("Error: Expected [k]")

@@ -93,6 +93,15 @@ def test_a_finite_space_lists_its_points():
     assert len(points.unique(dim=0)) == len(points)
 
 
+def test_values_go_evenly_from_end_to_end_and_are_no_more_than_asked():
+    space = Space({**MIXED, "steps": IntDistribution(0, 1000)})
+    thinned = space.values("steps", 5)
+    assert thinned.flatten().tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert len(space.values("rate", 7)) == 7 and len(space.values("even", 200)) == 6
+    log = Space({"width": MIXED["width"]})
+    assert [log.decode(x)["width"] for x in log.values("width", 4)] == [1, 10, 100, 1000]
+
+
 def test_space_file(tmp_path: Path):
     path = tmp_path / "space.toml"
     path.write_text(
@@ -108,7 +117,16 @@ def test_space_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "lr = 1", "[lr]\nlow = 1", "[lr]\nlow = 2\nhigh = 1", "[lr]\nmin = 1", "[lr"]
+    "text",
+    [
+        "",
+        "lr = 1",
+        "[lr]\nlow = 1",
+        "[lr]\nlow = 2\nhigh = 1",
+        "[lr]\nmin = 1",
+        "[lr",
+        '[k]\ntype = "int"\nlow = 1\nhigh = 2.5',
+    ],
 )
 def test_a_bad_space_file_is_refused(tmp_path: Path, text: str):
     path = tmp_path / "space.toml"
