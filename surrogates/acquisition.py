@@ -31,6 +31,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from pfn import Predictive
+from surrogates.beliefs import Belief
+from surrogates.draws import FewDraws
 from surrogates.prior_fitted import PriorFitted
 from surrogates.spaces import Space
 
@@ -83,6 +85,7 @@ def suggest(
     with warnings.catch_warnings():
         # where points are close
         warnings.filterwarnings("ignore", message="A not p.d., added jitter")
+        warnings.simplefilter("ignore", FewDraws)  # of fantasies
         acquisition = make_acquisition(
             model, X, Y, constraints=constraints, pending=pending, seed=seed
         )
@@ -112,7 +115,7 @@ def make_acquisition(
     """The logarithm of the expected improvement, or of its hypervolume, as a function of points.
 
     The incumbent is the largest posterior mean among the evaluated points that meet the
-    constraints, not the largest noisy observation; while no point meets them, only the
+    constraints, not the largest noisy observation; while no evaluated point meets them, only the
     probability of meeting them counts.
     """
     if pending is not None and not len(pending):
@@ -125,22 +128,31 @@ def make_acquisition(
     objective, limits = models[0], models[1:]
     seen = X if pending is None else torch.cat([X, pending])
     with torch.no_grad():
-        means = [_moments(part, seen)[0] for part in models]  # (n, fantasy) or (n,)
-    feasible = torch.ones_like(means[0], dtype=torch.bool)
-    for column, mean in zip(Y[:, Y.shape[1] - constraints :].unbind(-1), means[1:], strict=True):
-        feasible[: len(X)] &= (column <= 0).reshape(-1, *[1] * (mean.dim() - 1))
-        feasible[len(X) :] &= mean[len(X) :] <= 0
-    best = means[0].masked_fill(~feasible, -math.inf).amax(0)  # (fantasy,) or ()
+        means = torch.stack([_moments(part, seen)[0] for part in models], -1)  # (n, ..., m)
+    feasible = _are_feasible(Y, means, constraints)
+    some_feasible = bool(feasible[: len(X)].any())
+    best = means[..., 0].masked_fill(~feasible, -math.inf).amax(0)  # (fantasy,) or ()
 
     def value(points: Tensor) -> Tensor:
         total = torch.zeros(len(points), *best.shape, dtype=points.dtype)
-        if bool(best.isfinite().all()):
+        if some_feasible:
             total = total + _log_improvement(objective, points, best)
         for limit in limits:
             total = total + _log_feasibility(limit, points)
         return total.logsumexp(-1) - math.log(total.shape[-1]) if best.dim() else total
 
     return value
+
+
+def _are_feasible(Y: Tensor, means: Tensor, constraints: int) -> Tensor:
+    """Whether points (n + k,) or (n + k, fantasy) meet the constraints, the last of m columns.
+
+    The first n by their outcomes Y (n, m), those without an answer by their means (n + k, ..., m).
+    """
+    n, first = len(Y), Y.shape[1] - constraints
+    expected = (means[..., first:] <= 0).all(-1)
+    observed = (Y[:, first:] <= 0).all(-1).reshape(n, *[1] * (expected.dim() - 1))
+    return torch.cat([observed.expand_as(expected[:n]), expected[n:]])
 
 
 def incumbents(X: Tensor, Y: Tensor, constraints: int = 0) -> Tensor:
@@ -217,107 +229,6 @@ def is_known(x: Tensor, known: Tensor) -> bool:
     return bool(((known - x).abs() < SAME).all(-1).any())
 
 
-class Belief:
-    """Where the user thinks that the optimum lies; its weight fades as observations come.
-
-    A parameter lies with probability 9/10 in its interval, whose edges are smooth, or among its
-    choices, and otherwise anywhere. The acquisition is multiplied by density ^ (beta / n).
-
-    Args:
-        space: its parameters.
-        optimum: by parameter, an interval (low, high), or one or several choices; names that are
-            not in the space are ignored.
-        beta: trials until a belief has the weight of a likelihood.
-
-    Raises:
-        ValueError: an interval or a choice outside the parameter's range.
-
-    Reference: Hvarfner et al., piBO: Augmenting Acquisition Functions with User Beliefs, ICLR 2022,
-    arXiv 2204.11051, equation 6; intervals as in Müller et al., PFNs4BO, ICML 2023, section 5.
-    """
-
-    SURE = 0.9
-
-    def __init__(self, space: Space, optimum: Mapping[str, Any], beta: float = 10.0) -> None:
-        self.space, self.beta = space, beta
-        self.intervals: dict[int, tuple[float, float]] = {}
-        self.choices: dict[int, Tensor] = {}
-        for index, parameter in enumerate(space.parameters):
-            if parameter.name not in optimum:
-                continue
-            wanted = optimum[parameter.name]
-            if parameter.is_one_hot:
-                self.choices[index] = self._among(parameter.name, wanted, parameter.width)
-            else:
-                self.intervals[index] = self._between(parameter.name, wanted)
-
-    def log_density(self, X: Tensor) -> Tensor:
-        """Of points (..., dim), relative to the uniform distribution."""
-        total = torch.zeros(X.shape[:-1], dtype=X.dtype)
-        for index, (low, high) in self.intervals.items():
-            column = X[..., self.space.parameters[index].start]
-            edge = 0.05 * (high - low)
-            inside = ((column - low) / edge).sigmoid() * ((high - column) / edge).sigmoid()
-            total = total + (self.SURE * inside / (high - low) + 1 - self.SURE).log()
-        for index, weights in self.choices.items():
-            total = total + (X[..., self.space.parameters[index].columns] * weights).sum(-1).log()
-        return total
-
-    def weigh(self, acquisition: Acquisition, n: int) -> Acquisition:
-        """The acquisition after n observations."""
-        power = self.beta / max(n, 1)
-        return lambda X: acquisition(X) + power * self.log_density(X)
-
-    def sobol(self, n: int, *, seed: int, skip: int = 0) -> Tensor:
-        """Valid points (n, dim) where the optimum is believed to be."""
-        X = self.space.sobol(n, seed=seed, skip=skip)
-        for index, (low, high) in self.intervals.items():
-            column = self.space.parameters[index].start
-            X[:, column] = low + X[:, column] * (high - low)
-        generator = torch.Generator().manual_seed(seed)
-        for index, weights in self.choices.items():
-            drawn = torch.multinomial(weights, skip + n, replacement=True, generator=generator)
-            columns = self.space.parameters[index].columns
-            X[:, columns] = torch.eye(len(weights), dtype=X.dtype)[drawn[skip:]]
-        return self.space.snap(X)
-
-    def _between(self, name: str, wanted: Any) -> tuple[float, float]:
-        """The ends of the interval on the column, at least a hundredth apart."""
-        template = {p.name: self.space.distributions[p.name] for p in self.space.parameters}
-        ends = wanted if isinstance(wanted, tuple | list) and len(wanted) == 2 else (wanted, wanted)
-        distribution: Any = template[name]
-        column = next(p.start for p in self.space.parameters if p.name == name)
-        units = []
-        for end in ends:
-            single = Space({name: distribution})
-            try:
-                inside = distribution.low <= end <= distribution.high
-            except (AttributeError, TypeError):
-                inside = hasattr(distribution, "choices") and end in distribution.choices
-            if not inside:
-                raise ValueError(
-                    f"Expected prior_optimum of {name!r} within {distribution}; got {wanted!r}."
-                )
-            units.append(float(single.encode({name: end})[0]))
-        assert column < self.space.dim
-        low, high = min(units), max(units)
-        half = max(0.0, 0.01 - (high - low)) / 2
-        return low - half, high + half
-
-    def _among(self, name: str, wanted: Any, width: int) -> Tensor:
-        """The probability of each choice times their number."""
-        distribution: Any = self.space.distributions[name]
-        several = wanted if isinstance(wanted, list | tuple | set) else [wanted]
-        if not several or any(choice not in distribution.choices for choice in several):
-            raise ValueError(
-                f"Expected prior_optimum of {name!r} among {distribution.choices}; got {wanted!r}."
-            )
-        weights = torch.full((width,), 1 - self.SURE, dtype=torch.float64)
-        for choice in several:
-            weights[distribution.choices.index(choice)] += self.SURE * width / len(several)
-        return weights
-
-
 def _fantasize(model: Model, pending: Tensor, seed: int) -> Model:
     """The model of batch_shape (FANTASIES,) that saw its own joint draws at the pending points."""
     some: Any = model
@@ -332,8 +243,8 @@ def _log_improvement(model: Model, X: Tensor, best: Tensor) -> Tensor:
 
     `best` is one for each fantasy, or any number of thresholds for a model without fantasies.
     """
-    law = predictives(model, X)
-    return law.log_expected_improvement(best.unsqueeze(-1)).movedim(-1, 0)
+    predictive = predictives(model, X)
+    return predictive.log_expected_improvement(best.unsqueeze(-1)).movedim(-1, 0)
 
 
 def _log_feasibility(model: Model, X: Tensor) -> Tensor:
@@ -344,8 +255,8 @@ def _log_feasibility(model: Model, X: Tensor) -> Tensor:
 
 def _moments(model: Model, X: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior means and variances at X (n, dim), each (n,) or (n, fantasy)."""
-    law = predictives(model, X)
-    return law.mean.movedim(-1, 0), law.variance.movedim(-1, 0)
+    predictive = predictives(model, X)
+    return predictive.mean.movedim(-1, 0), predictive.variance.movedim(-1, 0)
 
 
 def predictives(model: Model, X: Tensor) -> Predictive:
@@ -379,33 +290,40 @@ def _hypervolume(
     Improvement Using Box Decomposition Algorithms, Journal of Global Optimization 75, 2019.
     """
     count = Y.shape[1] - constraints
-    values, limits = Y.split([count, constraints], -1)
-    met = (limits <= 0).all(-1)
-    reference = _reference_point(values[met] if bool(met.any()) else values)
     models: list[Model] = [model.subset_output([i]) for i in range(Y.shape[1])]
     with torch.no_grad():
         if pending is not None:
             models = [_answer(part, pending, seed + i) for i, part in enumerate(models)]
             X = torch.cat([X, pending])
         means = torch.stack([_moments(part, X)[0] for part in models], -1)  # (n, m)
-    front = means[(means[:, count:] <= 0).all(-1), :count]
+    feasible = _are_feasible(Y, means, constraints)
+    met, limits = feasible[: len(Y)], models[count:]
+    if not bool(met.any()):
+        return lambda points: torch.stack([_log_feasibility(m, points) for m in limits]).sum(0)
+    reference = _reference_point(Y[met, :count])
+    front = means[feasible, :count]
     low, high = FastNondominatedPartitioning(reference, front).hypercell_bounds  # (cell, count)
 
     def value(points: Tensor) -> Tensor:
-        total = torch.zeros(len(points), len(low), dtype=points.dtype)
-        for part, below, above in zip(models[:count], low.T, high.T, strict=True):
-            ends, index = torch.cat([below, above]).unique(return_inverse=True)
-            finite = ends[ends.isfinite()]  # an infinite one is last
-            beyond = _log_improvement(part, points, finite)
-            beyond = F.pad(beyond, (0, len(ends) - beyond.shape[1]), value=-math.inf)
-            more, less = beyond[:, index[: len(low)]], beyond[:, index[len(low) :]]
-            total = total + more + torch.log1p(-(less - more).exp().clamp_max(1 - 1e-12))
-        improvement = total.logsumexp(-1)
-        for limit in models[count:]:
-            improvement = improvement + _log_feasibility(limit, points)
-        return improvement
+        total = _log_gain(models[:count], points, low, high)
+        for limit in limits:
+            total = total + _log_feasibility(limit, points)
+        return total
 
     return value
+
+
+def _log_gain(models: list[Model], X: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The logarithm of the expected volume that X (n, dim) gain in boxes (cell, m), (n,)."""
+    total = torch.zeros(len(X), len(low), dtype=X.dtype)
+    for model, below, above in zip(models, low.T, high.T, strict=True):
+        ends, index = torch.cat([below, above]).unique(return_inverse=True)
+        finite = ends[ends.isfinite()]  # an infinite one is last
+        beyond = _log_improvement(model, X, finite)
+        beyond = F.pad(beyond, (0, len(ends) - beyond.shape[1]), value=-math.inf)
+        more, less = beyond[:, index[: len(low)]], beyond[:, index[len(low) :]]
+        total = total + more + torch.log1p(-(less - more).exp().clamp_max(1 - 1e-12))
+    return total.logsumexp(-1)
 
 
 def _reference_point(values: Tensor) -> Tensor:

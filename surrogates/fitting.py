@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from botorch.models.transforms.input import Normalize
 from torch import Tensor
 
 from priors.context import check_finite, to_tensor
-from surrogates.names import FITS, SAMPLERS
+from surrogates.names import EXTRAS, FITS, SAMPLERS
 
 
 def fit(
@@ -69,8 +72,7 @@ def fit(
         input_transform = Normalize(X.shape[-1], bounds=_bounds(bounds, X))
     elif bounds is not None:
         raise ValueError("Expected bounds or an input_transform, not both.")
-    module, function = FITS[name].split(".")
-    fit_one = getattr(importlib.import_module(f"surrogates.{module}"), function)
+    fit_one = find_fit(name)
     models = [
         fit_one(
             X,
@@ -87,6 +89,38 @@ def fit(
         return models[0]
     together = ModelListGP if all(isinstance(m, GPyTorchModel) for m in models) else ModelList
     return together(*models)
+
+
+def find_fit(name: str) -> Callable[..., Any]:
+    """The function in `FITS`, which fits one output.
+
+    Raises:
+        ModuleNotFoundError: a missing extra, with its installation.
+    """
+    library, extra = EXTRAS.get(name, ("botorch", "bo"))
+    if importlib.util.find_spec(library) is None:
+        raise ModuleNotFoundError(
+            f"The surrogate {name} needs {library}: pip install 'pfn[{extra}]'."
+        )
+    module, function = FITS[name].split(".")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"surrogates.{module}"), function)
+    return found
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that `fit` would not pass to the surrogate; a sampler has none.
+
+    Raises:
+        ValueError: an option that is not among those that it lists.
+        ModuleNotFoundError: a missing extra, with its installation.
+    """
+    known = []
+    if name not in SAMPLERS:
+        parameters = inspect.signature(find_fit(name)).parameters.values()
+        known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "seed"]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ValueError(f"Expected options of {name!r} among {known}; got {unknown}.")
 
 
 def _check(X: Any, Y: Any, Yvar: Any) -> tuple[Tensor, Tensor, Tensor | None]:

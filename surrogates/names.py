@@ -13,6 +13,7 @@ FITS = {  # where each is: imported when it is used
     "ibnn": "gaussian_processes.fit_ibnn",
     "stp": "gaussian_processes.fit_stp",
 }
+EXTRAS = {"hmc-bnn": ("numpyro", "reference")}  # a library beyond the extra bo, and its extra
 SAMPLERS = ("random", "sobol")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LEAST = 4  # outcomes for a scale that bends
+LEAST_OUTCOMES = 4  # outcomes for a scale that bends
 
 
 class Outcomes(NamedTuple):
@@ -51,7 +51,7 @@ def read_outcomes(Y: Tensor, objectives: int) -> Outcomes:
     is_objective = torch.arange(m) < objectives
     zero, one = torch.zeros(m, dtype=Y.dtype), torch.ones(m, dtype=Y.dtype)
     outcomes = Outcomes(zero, one, torch.zeros(m, dtype=torch.bool), zero, one)
-    if len(Y) >= LEAST:
+    if len(Y) >= LEAST_OUTCOMES:
         levels = torch.tensor([0.5, 0.75, 1.0], dtype=Y.dtype)
         middle, upper, best = Y.quantile(levels, dim=0)
         unit = torch.where(upper > middle, upper - middle, best - middle)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from botorch.acquisition.analytic import AnalyticAcquisitionFunction
@@ -23,11 +23,13 @@ from botorch.utils.transforms import t_batch_mode_transform
 from torch import Tensor
 
 from pfn import PFN, Predictive
-from pfn.library import choose
+from pfn.card import read_card
+from pfn.library import AUTOMATIC, choose, find
 from pfn.model import Fitted
 from surrogates.base import Surrogate
 
-LEAST = 1e-6  # probability that a draw leaves in each tail
+MODEL = "bo"  # the checkpoint that is used by default
+TAIL = 1e-6  # probability that a draw leaves in each tail
 
 
 class PriorFitted(Surrogate):
@@ -36,6 +38,7 @@ class PriorFitted(Surrogate):
     Args:
         fitted: the network with an encoded context, of these data after `input_transform`.
         X_added, Y_added: (batch x k x d), (batch x k x 1) observations after the context.
+        seed: of draws without base samples.
     """
 
     def __init__(
@@ -46,11 +49,12 @@ class PriorFitted(Surrogate):
         *,
         X_added: Tensor | None = None,
         Y_added: Tensor | None = None,
+        seed: int = 0,
         input_transform: InputTransform | None = None,
         outcome_transform: OutcomeTransform | None = None,
     ) -> None:
         super().__init__(X, Y, input_transform=input_transform, outcome_transform=outcome_transform)
-        self._context = fitted
+        self._context, self.seed = fitted, seed
         self.X_added, self.Y_added = X_added, Y_added
 
     @property
@@ -72,7 +76,8 @@ class PriorFitted(Surrogate):
                 self.X_added.expand(*batch, *self.X_added.shape[-2:]),
                 self.Y_added.expand(*batch, *self.Y_added.shape[-2:]).squeeze(-1),
             )
-        return PriorFittedPosterior(self._context, X, added, latent=not observation_noise)
+        latent = not observation_noise
+        return PriorFittedPosterior(self._context, X, added, latent=latent, seed=self.seed)
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
         """The model that has also seen Y (batch x k x 1) at X (batch x k x d), in its buffer.
@@ -98,6 +103,7 @@ class PriorFitted(Surrogate):
             self.train_Y,
             X_added=X,
             Y_added=Y,
+            seed=self.seed,
             input_transform=getattr(self, "input_transform", None),
             outcome_transform=getattr(self, "outcome_transform", None),
         )
@@ -114,12 +120,20 @@ class PriorFittedPosterior(Posterior):
         X: in the unit cube.
         added: observations in the buffer, (batch x k x d) and (batch x k).
         latent: the noise-free function instead of new observations.
+        seed: of `rsample`.
     """
 
     def __init__(
-        self, context: Fitted, X: Tensor, added: tuple[Tensor, Tensor] | None, *, latent: bool
+        self,
+        context: Fitted,
+        X: Tensor,
+        added: tuple[Tensor, Tensor] | None,
+        *,
+        latent: bool,
+        seed: int,
     ) -> None:
         self.context, self.X, self.added, self.latent = context, X, added, latent
+        self._generator = torch.Generator(X.device).manual_seed(seed)
         self._marginals: Predictive | None = None
 
     @property
@@ -167,9 +181,10 @@ class PriorFittedPosterior(Posterior):
         return self.marginals.log_expected_improvement(best).squeeze(-1)
 
     def rsample(self, sample_shape: torch.Size | None = None) -> Tensor:
-        """Joint draws (sample_shape x batch x q x 1)."""
+        """Joint draws (sample_shape x batch x q x 1), by the posterior's own generator."""
         shape = torch.Size() if sample_shape is None else sample_shape
-        base = torch.randn(self._extended_shape(shape), dtype=self.dtype, device=self.device)
+        size, g = self._extended_shape(shape), self._generator
+        base = torch.randn(size, dtype=self.dtype, device=self.device, generator=g)
         return self.rsample_from_base_samples(shape, base)
 
     def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
@@ -178,15 +193,16 @@ class PriorFittedPosterior(Posterior):
         Point j is at the quantile Phi(z_j) of its predictive given draws of the points before it.
         """
         shape = self._extended_shape(sample_shape)
-        level = torch.special.ndtr(base_samples.expand(shape).squeeze(-1)).clamp(LEAST, 1 - LEAST)
+        level = torch.special.ndtr(base_samples.expand(shape).squeeze(-1)).clamp(TAIL, 1 - TAIL)
         draws: list[Tensor] = []
         seen = level[..., :0]
         for j in range(self.X.shape[-2]):
             added = self._given(seen) if j else self.added
-            law = self._predict_after(added, j, self.latent) if j else self.marginals[..., :1]
-            draws.append(law.icdf(level[..., j : j + 1]))
+            first = self.marginals[..., :1]
+            predictive = self._predict_after(added, j, self.latent) if j else first
+            draws.append(predictive.icdf(level[..., j : j + 1]))
             if j + 1 < self.X.shape[-2]:  # what later points are told of this one is noisy
-                noisy = self._predict_after(added, j, False) if self.latent else law
+                noisy = self._predict_after(added, j, False) if self.latent else predictive
                 seen = torch.cat([seen, noisy.icdf(level[..., j : j + 1])], -1)
         return torch.cat(draws, -1).unsqueeze(-1)
 
@@ -255,14 +271,14 @@ def fit_pfn(
     input_transform: InputTransform | None = None,
     outcome_transform: OutcomeTransform | None = None,
     seed: int = 0,
-    model: str | Path | PFN = "bo",
+    model: str | Path | PFN = MODEL,
     extrapolate_n: bool = False,
 ) -> PriorFitted:
     """A network conditioned on X (n, d) and Y (n, 1); nothing is fitted, and n may be 0.
 
     Args:
         Yvar: (n, 1) known noise variance, equal for all points: the network knows one noise.
-        seed: unused, as there is nothing random.
+        seed: of draws without base samples.
         model: a checkpoint whose prior fits, see `pfn.predict`.
         extrapolate_n: allows more than 4 times the observations that the network was trained for.
 
@@ -292,5 +308,33 @@ def fit_pfn(
         extrapolate_n=extrapolate_n,
     )
     return PriorFitted(
-        fitted, X, Y, input_transform=input_transform, outcome_transform=outcome_transform
+        fitted,
+        X,
+        Y,
+        seed=seed,
+        input_transform=input_transform,
+        outcome_transform=outcome_transform,
+    )
+
+
+class Trained(NamedTuple):
+    """The sizes that a checkpoint was trained for."""
+
+    columns: int
+    observations: int
+
+
+def trained_for(model: str | Path | PFN) -> Trained:
+    """What `fit_pfn` can be given with a model; of "auto", with any of the networks it may be.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    if isinstance(model, PFN):
+        cards = [model.card]
+    else:
+        cards = [read_card(find(name)) for name in (AUTOMATIC if model == "auto" else [model])]
+    return Trained(
+        max(card.architecture.max_features for card in cards),
+        min(card.max_context for card in cards),
     )

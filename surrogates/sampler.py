@@ -29,18 +29,20 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from surrogates.acquisition import Belief, hold_fixed, incumbents, is_known, suggest
-from surrogates.fitting import fit
+from surrogates.acquisition import hold_fixed, incumbents, is_known, suggest
+from surrogates.beliefs import Belief
+from surrogates.fitting import check_options, fit
 from surrogates.names import FITS, SAMPLERS
 from surrogates.outcomes import Outcomes, read_outcomes
+from surrogates.prior_fitted import MODEL, trained_for
 from surrogates.spaces import Space
 
-MAX_COLUMNS = {"pfn": 20}  # of the network's training; the others take any number
 PARAMS = "pfn:params"  # system attributes of trials: what was suggested,
 WORKER = "pfn:worker"  # by which process,
 LOST = "pfn:lost"  # and why the trial does not count
 _LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 FAILURES = (ModelFittingError, NotPSDError, NanError, _LinAlgError)  # of a fit
+AHEAD = 1024  # points of the Sobol sequence that are looked through for a new one
 ATTEMPTS = 10  # to suggest what no other process has suggested meanwhile
 
 _ONE_AT_A_TIME = threading.Lock()  # threads of one study see each other's suggestions
@@ -74,8 +76,9 @@ class PFNSampler(BaseSampler):
     - Before there is any observation the prior predictive is the same everywhere up to the
       surface of the cube, so the first trials are points of a scrambled Sobol sequence; random
       points where their parameters are not known in advance, see `space`.
-    - Where a surrogate's fit breaks down numerically, a warning says so, and the trial is the next
-      Sobol point.
+    - Where a fit breaks down numerically, a warning says so, and the trial is the next Sobol point.
+    - More trials than the network of "pfn" was trained for: it sees the best, which are half of
+      what it takes, and the most recent others.
     - More columns than `max_columns`: each trial changes some parameters, which are all that its
       surrogate sees, and keeps the others at the best trial's values. They are drawn without
       replacement, by their relevance to a Gaussian process: its squared inverse lengthscales.
@@ -88,16 +91,19 @@ class PFNSampler(BaseSampler):
             the corners of the cube, which are farthest from what it has seen.
         space: the parameters, if known in advance; else they are learned from the first trial.
         prior_optimum: where the user thinks that the optimum lies, as {"lr": (1e-4, 1e-2),
-            "optimizer": "adam"}; see `acquisition.Belief`.
-        beta: trials until that belief has the weight of one observation's likelihood.
+            "optimizer": "adam"}; see `beliefs.Belief`.
+        beta: observations after which that belief's density counts once; after n it has the power
+            beta / n.
         constraints_func: values <= 0 of a finished trial, as Optuna's samplers took them before
             version 5.
-        max_columns: of one surrogate; by default 20 for "pfn", which was trained so, else any.
+        max_columns: of one surrogate; by default those that the network of "pfn" was trained for,
+            else any.
         num_candidates: points of the whole space that are compared for a suggestion.
         options: of the surrogate, see `surrogates.fit`.
 
     Raises:
-        ValueError: a name or number out of range.
+        ValueError: a name, number or option out of range.
+        ModuleNotFoundError: a missing extra, with its installation.
 
     Example:
         >>> import optuna
@@ -121,10 +127,11 @@ class PFNSampler(BaseSampler):
     ) -> None:
         if surrogate not in (*FITS, *SAMPLERS):
             raise ValueError(f"Expected a surrogate among {[*FITS, *SAMPLERS]}; got {surrogate!r}.")
-        if n_startup_trials < 0 or num_candidates < 1:
+        columns = 1 if max_columns is None else max_columns
+        if n_startup_trials < 0 or num_candidates < 1 or columns < 1:
             raise ValueError(
-                "Expected n_startup_trials >= 0 and num_candidates >= 1; got "
-                f"{n_startup_trials} and {num_candidates}."
+                "Expected n_startup_trials >= 0, num_candidates >= 1 and max_columns >= 1; got "
+                f"{n_startup_trials}, {num_candidates} and {max_columns}."
             )
         unknown = set(prior_optimum or {}) - set(space or prior_optimum or {})
         if unknown:
@@ -132,13 +139,24 @@ class PFNSampler(BaseSampler):
                 f"Expected prior_optimum for parameters among {sorted(space or {})}; got "
                 f"{sorted(unknown)}."
             )
+        check_options(surrogate, options)
+        self.max_columns, self.max_observations = max_columns, None
+        if surrogate == "pfn":
+            trained = trained_for(options.get("model", MODEL))
+            self.max_columns = trained.columns if max_columns is None else max_columns
+            self.max_observations = None if options.get("extrapolate_n") else trained.observations
+            if self.max_columns > trained.columns:
+                raise ValueError(
+                    f"Expected max_columns <= {trained.columns}, for which the network was trained;"
+                    f" got {max_columns}."
+                )
         if space is not None:
+            self._check_widths(Space(space))
             Belief(Space(space), prior_optimum or {}, beta)  # raises where it does not fit
         self.surrogate, self.seed, self.n_startup_trials = surrogate, seed, n_startup_trials
         self.space = None if space is None else dict(space)
         self.prior_optimum, self.beta = dict(prior_optimum or {}), beta
         self.constraints_func = constraints_func
-        self.max_columns = MAX_COLUMNS.get(surrogate) if max_columns is None else max_columns
         self.num_candidates, self.options = num_candidates, options
 
     @property
@@ -262,6 +280,7 @@ class PFNSampler(BaseSampler):
         given: Mapping[str, Any],
     ) -> Tensor:
         """The point (dim,) for a trial, of which some parameters are given."""
+        self._check_widths(space)
         step = step_of(study, trial)
         trials = counted(study.get_trials(deepcopy=False))
         history = read_history(trials, study.directions, space, trial.number)
@@ -269,22 +288,23 @@ class PFNSampler(BaseSampler):
         if not self.has_surrogate or not self._count(history):
             return self._first(space, step, given, known)
         seed = self._seed(step)
-        part, columns, best = self._choose_columns(space, history, given, seed)
-        beside = ~columns
-        near = known[((known - best).abs()[:, beside] < 1e-9).all(-1)]
-        seen = history._replace(X=history.X[:, columns], pending=history.pending[:, columns])
-        names = part.distributions
         with torch.random.fork_rng(devices=[]):  # whatever a surrogate's library draws from
             torch.manual_seed(seed)
             try:
+                part, columns, best = self._choose_columns(space, history, given, seed)
+                seen = history._replace(
+                    X=history.X[:, columns], pending=history.pending[:, columns]
+                )
                 model = self._fit(seen, seed)
             except FAILURES as error:
                 warnings.warn(
-                    f"{self.surrogate} could not be fitted to {len(seen.X)} trials, so trial"
+                    f"A fit of {self.surrogate} to {len(history.X)} trials broke down, so trial"
                     f" {trial.number} is a Sobol point: {error}",
                     stacklevel=2,
                 )
                 return self._first(space, step, given, known)
+            near = known[((known - best).abs()[:, ~columns] < 1e-9).all(-1)]
+            names = part.distributions
             x = suggest(
                 model,
                 seen.X,
@@ -302,12 +322,21 @@ class PFNSampler(BaseSampler):
         return best
 
     def _first(self, space: Space, step: int, given: Mapping[str, Any], known: Tensor) -> Tensor:
-        """The next new point of the Sobol sequence."""
+        """The next new point of the Sobol sequence, or of all that a small space has."""
         belief = self._belief(space)
         hold, _ = hold_fixed(space, given)
         draw = space.sobol if belief is None else belief.sobol
-        points = hold(draw(64, seed=self._seed(-1), skip=step))
-        return next((x for x in points if not is_known(x, known)), points[0])
+        points = hold(draw(AHEAD, seed=self._seed(-1), skip=step))
+        for x in points:
+            if not is_known(x, known):
+                return x
+        if space.size <= AHEAD:
+            generator = torch.Generator().manual_seed(self._seed(step))
+            every = hold(space.enumerate())
+            for x in every[torch.randperm(len(every), generator=generator)]:
+                if not is_known(x, known):
+                    return x
+        return points[0]
 
     def _choose_columns(
         self, space: Space, history: History, given: Mapping[str, Any], seed: int
@@ -327,7 +356,7 @@ class PFNSampler(BaseSampler):
         if limit is None or space.dim <= limit:
             return space, columns, rest
         gumbel = -torch.empty(len(space.parameters)).exponential_(generator=generator).log()
-        relevance = _relevance(history, seed)
+        relevance = _relevance(self._within_reach(history), seed)
         score = gumbel + torch.stack([relevance[p.columns].sum().log() for p in space.parameters])
         order = score.argsort(descending=True).tolist()
         order.sort(key=lambda index: space.parameters[index].name in given)
@@ -339,8 +368,24 @@ class PFNSampler(BaseSampler):
         chosen = {p.name: p.distribution for p in space.parameters if columns[p.start]}
         return Space(chosen), columns, rest
 
+    def _check_widths(self, space: Space) -> None:
+        """Refuses choices of more columns than one surrogate may have."""
+        limit = self.max_columns
+        wide = [p.name for p in space.parameters if limit is not None and p.width > limit]
+        if wide:
+            raise ValueError(
+                f"Expected parameters of at most max_columns = {limit} columns, of which a choice"
+                f" takes one for each of up to 16 values; {wide} are wider."
+            )
+
     def _fit(self, history: History, seed: int) -> Model:
-        return fit(self.surrogate, history.X, history.Y, seed=seed, **self.options)
+        seen = self._within_reach(history)
+        return fit(self.surrogate, seen.X, seen.Y, seed=seed, **self.options)
+
+    def _within_reach(self, history: History) -> History:
+        """The observations that the surrogate takes, see `_keep`."""
+        limit = self.max_observations
+        return history if limit is None or len(history.X) <= limit else _keep(history, limit)
 
     def _count(self, history: History) -> int:
         """The number of observations, if there are enough for a surrogate, else 0."""
@@ -357,6 +402,23 @@ class PFNSampler(BaseSampler):
         """A seed of its own for a step, and a parameter that is drawn alone."""
         text = f"{self.seed}:{step}:{name}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
+
+
+def _keep(history: History, limit: int) -> History:
+    """The best `limit // 2` observations, and the latest others, `limit` in all, in their order.
+
+    Best are those that violate constraints least, and of these those that fewest dominate.
+    """
+    count = history.Y.shape[1] - history.constraints
+    values, violation = history.Y[:, :count], history.Y[:, count:].clamp_min(0.0).sum(-1)
+    as_good = torch.stack([(values >= y).all(-1).sum() for y in values])
+    order = as_good.argsort(stable=True)
+    order = order[violation[order].argsort(stable=True)]
+    kept = torch.zeros(len(values), dtype=torch.bool)
+    kept[order[: limit // 2]] = True
+    others = (~kept).nonzero().squeeze(-1)
+    kept[others[limit // 2 - limit :]] = True
+    return history._replace(X=history.X[kept], Y=history.Y[kept])
 
 
 def _relevance(history: History, seed: int) -> Tensor:
@@ -376,7 +438,7 @@ def read_history(
     """What trials other than `number` say, as `PFNSampler` documents it."""
     signs = [1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in directions]
     trials = [trial for trial in trials if trial.number != number]
-    keys = sorted({key for t in trials for key in constraints_of(t)})
+    keys = sorted({key for t in trials for key in t.constraints})
     evaluated: list[Tensor] = []
     rows: list[list[float]] = []
     pruned: list[bool] = []
@@ -385,7 +447,7 @@ def read_history(
         x = _point(trial, space)
         if x is None:
             continue
-        values, limits = _values(trial, len(directions)), constraints_of(trial)
+        values, limits = _values(trial, len(directions)), trial.constraints
         if values is None or any(key not in limits for key in keys):
             pending.append(x)
         else:
@@ -418,13 +480,6 @@ def step_of(study: Study, trial: FrozenTrial) -> int:
     """How many trials that count came before this one."""
     trials = counted(study.get_trials(deepcopy=False))
     return sum(other.number < trial.number for other in trials)
-
-
-def constraints_of(trial: FrozenTrial) -> dict[str, float]:
-    """Constraints by name; before Optuna 5 by their index."""
-    if hasattr(trial, "constraints"):
-        return dict(trial.constraints)
-    return {str(i): v for i, v in enumerate(trial.system_attrs.get("constraints") or [])}
 
 
 def stamp(pid: int | None = None) -> str:

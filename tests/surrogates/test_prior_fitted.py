@@ -19,7 +19,7 @@ from torch import Tensor
 
 import pfn
 import surrogates
-from surrogates.prior_fitted import PredictiveLogEI, PriorFitted, fit_pfn
+from surrogates.prior_fitted import PredictiveLogEI, PriorFitted, fit_pfn, trained_for
 
 BOX = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
 
@@ -106,6 +106,19 @@ def test_joint_draws_have_the_marginals_and_hang_together(model: PriorFitted) ->
     torch.testing.assert_close(draws.std(0), deviation, rtol=0.25, atol=0)
     correlation = torch.corrcoef(draws.T)
     assert correlation[0, 1] > 0.5 > correlation[0, 2].abs()
+
+
+def test_draws_are_a_function_of_the_seed(model: PriorFitted) -> None:
+    draws = model.posterior(QUERIES).rsample(torch.Size([3]))
+    assert torch.equal(model.posterior(QUERIES).rsample(torch.Size([3])), draws)
+    other: Any = surrogates.fit("pfn", X, Y, model="gp", seed=1)
+    assert not torch.equal(other.posterior(QUERIES).rsample(torch.Size([3])), draws)
+
+
+@pytest.mark.parametrize(("model", "columns"), [("gp", 12), ("gp-1d", 1), ("auto", 12)])
+def test_what_a_network_was_trained_for_is_on_its_card(model: str, columns: int) -> None:
+    assert trained_for(model) == (columns, 256)
+    assert trained_for(pfn.load("gp")) == (12, 256)
 
 
 def test_conditioning_is_the_networks_buffer(model: PriorFitted) -> None:

@@ -1,6 +1,7 @@
 """The sampler passes Optuna's own suite, and keeps what its docstring promises."""
 
 import math
+import sys
 
 import optuna
 import pytest
@@ -13,11 +14,14 @@ from optuna.testing.pytest_samplers import (
 )
 from optuna.trial import TrialState, create_trial
 
+import pfn
 import surrogates.sampler
+from surrogates.outcomes import read_outcomes
 from surrogates.sampler import (
     LOST,
+    History,
     PFNSampler,
-    constraints_of,
+    _keep,
     known_params,
     read_history,
     step_of,
@@ -107,6 +111,16 @@ def test_startup_trials_are_one_sobol_sequence():
     x = torch.tensor([list(t.params.values()) for t in study.trials], dtype=torch.float64)
     for column in x.T:  # a scrambled net: one point in each eighth
         assert sorted((column * 8).floor().int().tolist()) == list(range(8))
+
+
+@pytest.mark.parametrize("prior_optimum", [None, {"i": (2, 5)}])
+def test_a_grid_is_seen_as_a_whole_before_a_point_comes_back(prior_optimum):
+    grid = {"i": IntDistribution(0, 11), "j": IntDistribution(0, 11)}
+    study = make_study("sobol", space=grid, prior_optimum=prior_optimum)
+    for _ in range(145):
+        study.tell(study.ask(grid), 0.0)
+    points = [tuple(trial.params.values()) for trial in study.trials]
+    assert len(set(points[:144])) == 144 and points[144] in points[:144]
 
 
 def test_running_trials_of_others_are_known_and_never_repeated():
@@ -199,7 +213,7 @@ def test_constraints_func_of_older_studies_is_stored():
     study = make_study(space=PLANE, constraints_func=lambda trial: [trial.params["x"] - 0.5])
     study.optimize(bowl, n_trials=3)
     for trial in study.trials:
-        assert list(constraints_of(trial).values()) == [trial.params["x"] - 0.5]
+        assert list(trial.constraints.values()) == [trial.params["x"] - 0.5]
     assert history_of(study, PLANE).constraints == 1
 
 
@@ -258,6 +272,50 @@ def test_many_columns_move_in_subsets_around_the_best():
     assert [n for n in space if abs(later.params[n] - trial.params[n]) > 1e-12] != moved
 
 
+def test_the_network_moves_as_many_columns_as_it_was_trained_for(untrained):
+    assert PFNSampler("pfn").max_columns == pfn.load("bo").card.architecture.max_features
+    space = {f"x{i}": FloatDistribution(0.0, 1.0) for i in range(15)}
+    for model in (untrained, str(untrained), pfn.load(untrained)):
+        study = make_study("pfn", space=space, model=model)
+        add(study, dict.fromkeys(space, 0.5), space, [1.0])
+        params = study.ask(space).params
+        assert sum(value != 0.5 for value in params.values()) <= 12
+    with pytest.raises(ValueError, match="max_columns <= 12"):
+        PFNSampler("pfn", model=untrained, max_columns=13)
+
+
+def test_choices_wider_than_a_surrogate_are_refused_by_name():
+    space = {**LINE, "kind": CategoricalDistribution(["a", "b", "c", "d"])}
+    with pytest.raises(ValueError, match=r"max_columns = 3 columns.*\['kind'\] are wider"):
+        PFNSampler("gp", space=space, max_columns=3)
+    study = make_study(max_columns=3)  # which learns the space from its first trial
+    study.tell(study.ask(space), 1.0)
+    with pytest.raises(ValueError, match=r"\['kind'\] are wider"):
+        study.ask(space)
+
+
+def test_long_studies_go_on_with_the_best_and_the_latest(untrained):
+    study = make_study("pfn", space=LINE, model=untrained)  # which was trained for 64
+    for i in range(260):
+        add(study, {"x": i / 260}, LINE, [abs(i - 100)])
+    assert 0 <= study.ask(LINE).params["x"] <= 1  # without a warning either
+    model, history = study.sampler.fit(study, Space(LINE))
+    assert len(history.X) == 260
+    seen = (model.train_X[:, 0] * 260).round().int().tolist()
+    assert seen == [*range(84, 116), *range(228, 260)]
+
+
+def test_of_several_objectives_the_front_and_what_is_feasible_are_kept():
+    x = torch.arange(6.0, dtype=torch.float64).unsqueeze(-1)
+    y = torch.tensor([[0, 2], [2, 0], [1, 1], [0, 0], [3, 3], [-1, -1]], dtype=torch.float64)
+    limits = torch.tensor([0, -1, 0, 0, 1, -1], dtype=torch.float64).unsqueeze(-1)
+    outcomes = read_outcomes(y, 2)
+    history = History(x, torch.cat([y, limits], -1), 1, x[:0], outcomes)
+    assert _keep(history, 6).X.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert _keep(history, 5).X.flatten().tolist() == [0, 1, 3, 4, 5]
+    assert _keep(history, 2).X.flatten().tolist() == [0, 5]
+
+
 def test_of_many_columns_those_that_matter_move_most_often():
     space = {f"x{i}": FloatDistribution(0.0, 1.0) for i in range(12)}
     study = make_study(space=space, max_columns=3)
@@ -276,15 +334,19 @@ def test_of_many_columns_those_that_matter_move_most_often():
     assert study.best_value < 1e-3
 
 
-def test_a_fit_that_breaks_down_costs_no_trial(monkeypatch):
+@pytest.mark.parametrize("max_columns", [None, 1])  # with 1, the relevance is fitted first
+def test_a_fit_that_breaks_down_costs_no_trial(monkeypatch, max_columns):
     def broken(*args, **options):
+        torch.rand(1)
         raise torch.linalg.LinAlgError("not positive-definite")
 
-    study = make_study(space=PLANE)
+    study = make_study(space=PLANE, max_columns=max_columns)
     study.optimize(bowl, n_trials=2)
     monkeypatch.setattr(surrogates.sampler, "fit", broken)
-    with pytest.warns(UserWarning, match="gp could not be fitted to 2 trials, so trial 2 is"):
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="fit of gp to 2 trials broke down, so trial 2 is a Sobol"):
         study.optimize(bowl, n_trials=1)
+    assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.undo()
     study.optimize(bowl, n_trials=1)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
@@ -309,6 +371,22 @@ def test_bad_arguments_are_refused():
         PFNSampler("gp", space=PLANE, prior_optimum={"z": (0, 1)})
     with pytest.raises(ValueError, match="prior_optimum"):
         PFNSampler("gp", space=PLANE, prior_optimum={"x": (0, 7)})
+    with pytest.raises(ValueError, match="max_columns"):
+        PFNSampler("gp", max_columns=0)
+    with pytest.raises(ValueError, match="model among"):
+        PFNSampler("pfn", model="magic")
+
+
+@pytest.mark.parametrize("surrogate", surrogates.available())
+def test_unknown_options_are_refused_before_the_first_trial(surrogate):
+    with pytest.raises(ValueError, match=rf"options of '{surrogate}' among .*\['n_startup'\]"):
+        PFNSampler(surrogate, n_startup=3)
+
+
+def test_a_missing_extra_is_told_before_the_first_trial(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpyro", None)
+    with pytest.raises(ModuleNotFoundError, match=r"hmc-bnn needs numpyro: pip install 'pfn\[ref"):
+        PFNSampler("hmc-bnn")
 
 
 def test_an_untrained_network_suggests_too(untrained):
