@@ -261,7 +261,7 @@ def test_known_noise_is_refused_where_it_has_no_closed_form() -> None:
 @pytest.mark.parametrize("name", KNOW_NOISE)
 def test_conditioning_is_the_formula(name: str) -> None:
     model = fitted(name)
-    X, X_new, query = draw_inputs(14), draw_inputs(3, 4), draw_inputs(4, 5)
+    X_new, query = draw_inputs(3, 4), draw_inputs(4, 5)
     Y_new = bowl(X_new)
     model.posterior(query)
     conditioned = model.condition_on_observations(X_new, Y_new)
