@@ -18,12 +18,12 @@ from priors.warped import Warped
 def optimization() -> Mixture:
     """Warped processes, networks of infinite and of finite width, searched for their best.
 
-    Eight tasks in ten are Gaussian processes, rough or smooth, with gently warped inputs and
-    irrelevant columns, as in HEBO+ (`priors.hebo_plus`); their lengthscales are those of objectives
-    that can be learned from few points, most of them longer than the box. One is an infinitely wide
-    network with heavy tails, one a finite network, which are not stationary. Noise ranges from next
-    to none to as much as the signal. Points lie in spaces with integers and choices, half of those
-    that networks are trained on where a search for the best went (`priors.Searched`).
+    Seven tasks in ten are Gaussian processes, rough or smooth, with warped inputs and irrelevant
+    columns, as in HEBO+ (`priors.hebo_plus`); the others are infinitely wide networks with heavy
+    tails and finite networks, which are not stationary. All have a concave trend of their own,
+    weak or strong, as y is for maximization. Noise ranges from next to none to as much as the
+    signal. Points lie in spaces with integers and choices, half of those that networks are
+    trained on where a search for the best went (`priors.Searched`).
 
     Latents in `Tasks`: "noise", and "component", the index of the part.
 
@@ -33,10 +33,10 @@ def optimization() -> Mixture:
         >>> optimization().sample(batch=64, n=60, d=5, generator=g).y.shape
         torch.Size([64, 60])
     """
-    noise = LogNormal(-5.0, 2.0)
+    noise = LogNormal(-5.5, 2.0)
     smooth = GaussianProcess(
         kernel=("matern32", "matern52", "rbf"),
-        lengthscale=LogNormal(0.0, 1.0),
+        lengthscale=LogNormal(math.log(0.5), 0.8),
         outputscale=LogNormal(0.0, 0.5),
         noise=noise,
         ard=True,
@@ -57,8 +57,9 @@ def optimization() -> Mixture:
         noise=noise,
     )
     parts = (
-        Warped(smooth, (LogNormal(0.0, 0.5), LogNormal(0.0, 0.5)), irrelevant=0.2),
+        Warped(smooth, irrelevant=0.3),
         ScaleMixture(wide, InverseGamma(2.0, 2.0), scaled_noise=False),
         network,
     )
-    return Mixture([Searched(part) for part in parts], (0.8, 0.1, 0.1))
+    bowl = LogNormal(math.log(0.7), 1.0)
+    return Mixture([Searched(part, bowl=bowl) for part in parts], (0.7, 0.15, 0.15))

@@ -7,19 +7,25 @@ is the prior's own, wherever the points lie. Read `kernel_prior.py` for the proc
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from priors.draws import draw_normal
+from priors.draws import draw, draw_normal
 from priors.kernel_prior import Process, cholesky, conditional_given
 from priors.spaces import Columns, draw_spaces
 from priors.tasks import ConditionalTasks, Tasks
 
 ROUNDS = 4  # of a search, at most
 FRESH = 0.3  # of a round's points are drawn from the whole space
+BEYOND = 0.2  # of a column's range, that a bowl's centre may lie outside
+STEEPNESS = 4.3  # of a bowl in one column whose standard deviation is 1, about
+
+Trend = Callable[[Tensor], Tensor]  # x (task, n, dim) to (task, n)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,10 @@ class Searched:
         base: a prior that is a Gaussian process once its latents are known: a `KernelPrior`, a
             `Warped` one, or a `BNN`.
         share: of the batches of `sample_conditional` that are searches, in [0, 1].
+        bowl: None, or the standard deviation over the space, about, of a concave quadratic trend
+            that is added to each function: a positive distribution. Objectives for maximization
+            tend to have their best inside the space, not in its corners, which processes that are
+            stationary or grow outwards do not know. Searches are then for the highest y.
 
     `sample` draws exchangeable points of the same spaces, without a search. Latents are the base's.
 
@@ -46,6 +56,7 @@ class Searched:
 
     base: Any
     share: float = 0.5
+    bowl: Distribution | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.base, "draw_process"):
@@ -56,7 +67,9 @@ class Searched:
         if not 0 <= self.share <= 1:
             raise ValueError(f"Expected a share in [0, 1]; got {self.share}.")
         for name in ("posterior", "log_evidence", "latent_posterior", "posterior_is_quick"):
-            if hasattr(self.base, name):  # where points lie says nothing that y does not
+            if self.bowl is None and hasattr(
+                self.base, name
+            ):  # where points lie says nothing that y does not
                 object.__setattr__(self, name, getattr(self.base, name))
 
     @property
@@ -76,7 +89,7 @@ class Searched:
         x = draw_spaces(batch, d, generator=generator).draw(n, generator=generator)
         factor = cholesky(process.covariance(x, x), process.jitter)
         f = (factor @ draw_normal(batch, n, 1, generator=generator)).squeeze(-1)
-        f = process.mean.unsqueeze(-1) + f
+        f = process.mean.unsqueeze(-1) + self._trend(batch, d, generator)(x) + f
         y = f + process.noise.sqrt().unsqueeze(-1) * draw_normal(batch, n, generator=generator)
         return Tasks(x, y, f, process.latents)
 
@@ -90,26 +103,52 @@ class Searched:
         """
         process = self.base.draw_process(batch, d, generator=generator)
         space = draw_spaces(batch, d, generator=generator)
+        trend = self._trend(batch, d, generator)
         coin = torch.rand((), device=generator.device, generator=generator)
-        search = _Search(space, process, batch, generator)
+        search = _Search(space, process, trend, self.bowl is not None, batch, generator)
         x, y, factor, z = search.run(n, ROUNDS if float(coin) < self.share else 0)
         x_query = search.queries(x, y, visible)
-        return conditional_given(process, x, x_query, factor, z, visible)
+        tasks = conditional_given(process, x, x_query, factor, z, visible)
+        return tasks._replace(y=tasks.y + trend(x), mean=tasks.mean + trend(x_query))
+
+    def _trend(self, batch: int, d: int, generator: torch.Generator) -> Trend:
+        """The trends of a batch: 0, or bowls around centres of their own, steep in some columns."""
+        if self.bowl is None:
+            return lambda x: x.new_zeros(x.shape[:2])
+        size = draw(self.bowl, (batch, 1), generator=generator)
+        uniform = torch.rand(
+            2, batch, 1, d, dtype=torch.float64, device=generator.device, generator=generator
+        )
+        centre = (1 + 2 * BEYOND) * uniform[0] - BEYOND
+        weight = -uniform[1].clamp_min(1e-12).log()
+        weight = STEEPNESS * weight / weight.square().sum(-1, keepdim=True).sqrt()
+        return lambda x: -size * (weight * (x - centre).square()).sum(-1)
 
 
 class _Search:
-    """Searches of one batch, each for the highest or the lowest y."""
+    """Searches of one batch, each for the highest y, or the lowest if not all go upwards."""
 
     def __init__(
-        self, space: Columns, process: Process, batch: int, generator: torch.Generator
+        self,
+        space: Columns,
+        process: Process,
+        trend: Trend,
+        upwards: bool,
+        batch: int,
+        generator: torch.Generator,
     ) -> None:
-        self.space, self.process, self.generator = space, process, generator
-        self.sign = self._uniform(batch, 1).sub(0.5).sign()
+        self.space, self.process, self.trend = space, process, trend
+        self.generator = generator
+        sign = self._uniform(batch, 1).sub(0.5).sign()
+        self.sign = sign.abs() if upwards else sign
         self.greed = 30 ** self._uniform(batch, 1)  # of the choice among good points
         self.change = 0.1 + 0.9 * self._uniform(batch, 1, 1)  # share of columns that move
 
     def run(self, n: int, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (task, n, dim), y (task, n) but for the mean, and L (task, n, n) and z with y = L z."""
+        """x (task, n, dim), y (task, n) but for the mean, and L (task, n, n) and z behind y.
+
+        y is L z and the trend.
+        """
         batch, d = self.space.levels.shape
         z = draw_normal(batch, n, 1, generator=self.generator)
         x, y = z.new_empty(batch, 0, d), z.new_empty(batch, 0)
@@ -126,7 +165,8 @@ class _Search:
             diagonal = self.process.noise + self.process.jitter
             factor[:, start:stop, start:stop] = cholesky(block, diagonal)
             seen = factor[:, start:stop, :stop] @ z[:, :stop]
-            x, y = torch.cat([x, new], 1), torch.cat([y, seen.squeeze(-1)], 1)
+            seen = seen.squeeze(-1) + self.trend(new)
+            x, y = torch.cat([x, new], 1), torch.cat([y, seen], 1)
         return x, y, factor, z
 
     def queries(self, x: Tensor, y: Tensor, visible: Tensor) -> Tensor:

@@ -107,6 +107,49 @@ def test_the_posterior_is_the_bases() -> None:
     assert torch.equal(Searched(FIXED).log_evidence((x, y)), FIXED.log_evidence((x, y)))
 
 
+def test_a_trend_moves_observations_and_answers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trend(x: Tensor) -> Tensor:
+        return -3 * (x - 0.3).square().sum(-1)
+
+    monkeypatch.setattr(Searched, "_trend", lambda *_: trend)
+    prior = Searched(FIXED, share=1.0, bowl=LogNormal(0.0, 1.0))
+    tasks = prior.sample_conditional(6, 24, 2, torch.tensor([9, 24]), generator=generator())
+    for j, p in enumerate((9, 24)):
+        for i in range(6):
+            query = tasks.x_query[i, j : j + 1]
+            residuals = tasks.y[i, :p] - trend(tasks.x[i, :p])
+            exact = FIXED.posterior((tasks.x[i, :p], residuals), query, latent=True)
+            expected = float(exact.mean + trend(query))
+            assert float(tasks.mean[i, j]) == pytest.approx(expected, abs=1e-6)
+            assert float(tasks.variance[i, j]) == pytest.approx(float(exact.variance), abs=1e-6)
+    drawn = prior.sample(4000, 2, 2, generator=generator())
+    left = drawn.f - trend(drawn.x) - 0.7  # FIXED's mean
+    assert float(left.mean()) == pytest.approx(0, abs=4 * math.sqrt(1.5 / 4000))
+    assert float(left.var()) == pytest.approx(1.5, rel=4 * math.sqrt(2 / 4000))
+
+
+@pytest.mark.parametrize("d", [1, 5, 20])
+def test_bowls_are_concave_with_a_top_near_the_space_and_of_the_size_asked(d: int) -> None:
+    prior = Searched(FIXED, bowl=LogNormal(math.log(2.0), 1e-6))
+    trend = prior._trend(500, d, generator())
+    x = torch.rand(500, 300, d, generator=generator(1), dtype=torch.float64)
+    assert float(trend(x).std(1).mean()) == pytest.approx(2.0, rel=0.1)
+    one, other = x[:, :150], x[:, 150:]
+    assert bool((2 * trend((one + other) / 2) > trend(one) + trend(other)).all())
+    assert bool((trend(x) < 0).all())
+    along = torch.linspace(-1, 2, 301).double().view(1, -1, 1).expand(500, -1, d)
+    top = along[0, trend(along).argmax(1), 0]  # on the diagonal, an average of centres
+    assert -0.21 < float(top.min()) and float(top.max()) < 1.21
+
+
+def test_searches_of_bowls_are_for_the_highest() -> None:
+    prior = Searched(FIXED, share=1.0, bowl=LogNormal(0.0, 0.5))
+    tasks = prior.sample_conditional(400, 60, 3, torch.tensor([0]), generator=generator())
+    first, last = tasks.y[:, :10].mean(1), tasks.y[:, -10:].mean(1)
+    assert float((last - first).mean()) > 5 * float((last - first).std()) / math.sqrt(400)
+    assert not hasattr(prior, "posterior")  # which would not know of the trend
+
+
 def test_what_cannot_be_searched_is_refused() -> None:
     with pytest.raises(ValueError, match="Gaussian process given its latents"):
         Searched(LearningCurves())
@@ -125,8 +168,9 @@ def test_what_a_query_does_not_see_moves_nothing() -> None:
     space = draw_spaces(5, 2, generator=generator())
     x, y = space.draw(20, generator=generator(1)), torch.randn(5, 20, dtype=torch.float64)
     visible = torch.tensor([5, 5, 0, 20])
+    flat = Searched(FIXED)._trend(5, 2, generator())
     first, other = (
-        _Search(space, process, 5, generator(2)).queries(x, values, visible)
+        _Search(space, process, flat, False, 5, generator(2)).queries(x, values, visible)
         for values in (y, torch.cat([y[:, :5], 7 * y[:, 5:]], 1))
     )
     assert torch.equal(first[:, :3], other[:, :3])
