@@ -89,7 +89,7 @@ def report(runs: Runs = RUNS) -> None:
     for r in read(runs):
         losses[r["method"], r["problem"], r["seed"]] = np.array(r["losses"])
         seconds.setdefault(r["method"], []).append(r["seconds per step"])
-    methods = [m for m in (*METHODS, *EXPENSIVE) if any(key[0] == m for key in losses)]
+    methods = [m for m in (*METHODS, *EXPENSIVE) if has_run(m, losses)]
     common.save(
         "bo",
         [
@@ -99,6 +99,12 @@ def report(runs: Runs = RUNS) -> None:
     )
     common.save("bo-problems", by_problem(methods, losses))
     draw([m for m in methods if m not in EXPENSIVE], losses)
+
+
+def has_run(method: str, losses: dict[tuple[str, str, int], NDArray[np.float64]]) -> bool:
+    """Whether a method has run its problems with two seeds, which a rank takes."""
+    names = FOR_EXPENSIVE if method in EXPENSIVE else PROBLEMS
+    return all(len(complete([method], name, losses)) > 1 for name in names)
 
 
 def read(runs: Path) -> list[dict[str, Any]]:
