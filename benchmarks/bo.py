@@ -84,18 +84,23 @@ def run(
 
 @app.command()
 def report(runs: Runs = RUNS) -> None:
-    """Ranks, regrets and times of all runs; seconds are means from the sixth evaluation on."""
+    """Ranks, regrets and times of all runs; seconds are means from the sixth evaluation on.
+
+    A method that has not finished its problems with two seeds is listed without a rank.
+    """
     losses, seconds = {}, {}
     for r in read(runs):
         losses[r["method"], r["problem"], r["seed"]] = np.array(r["losses"])
         seconds.setdefault(r["method"], []).append(r["seconds per step"])
-    methods = [m for m in (*METHODS, *EXPENSIVE) if has_run(m, losses)]
+    some = [m for m in (*METHODS, *EXPENSIVE) if m in seconds]
+    methods = [m for m in some if has_run(m, losses)]
     common.save(
         "bo",
         [
             summary(m, methods, losses) | {"seconds per step": float(np.median(seconds[m]))}
             for m in methods
-        ],
+        ]
+        + [{"method": m, "runs": len(seconds[m])} for m in some if m not in methods],
     )
     common.save("bo-problems", by_problem(methods, losses))
     draw([m for m in methods if m not in EXPENSIVE], losses)

@@ -66,10 +66,9 @@ class Searched:
             )
         if not 0 <= self.share <= 1:
             raise ValueError(f"Expected a share in [0, 1]; got {self.share}.")
-        for name in ("posterior", "log_evidence", "latent_posterior", "posterior_is_quick"):
-            if self.bowl is None and hasattr(
-                self.base, name
-            ):  # where points lie says nothing that y does not
+        known = ("posterior", "log_evidence", "latent_posterior", "posterior_is_quick")
+        for name in known if self.bowl is None else ():  # where points lie says no more than y
+            if hasattr(self.base, name):
                 object.__setattr__(self, name, getattr(self.base, name))
 
     @property
@@ -145,10 +144,7 @@ class _Search:
         self.change = 0.1 + 0.9 * self._uniform(batch, 1, 1)  # share of columns that move
 
     def run(self, n: int, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (task, n, dim), y (task, n) but for the mean, and L (task, n, n) and z behind y.
-
-        y is L z and the trend.
-        """
+        """x (task, n, dim), y = L z + trend (task, n), to which the mean is added, L and z."""
         batch, d = self.space.levels.shape
         z = draw_normal(batch, n, 1, generator=self.generator)
         x, y = z.new_empty(batch, 0, d), z.new_empty(batch, 0)

@@ -104,15 +104,9 @@ def fit_hmc_bnn(
 
     Raises:
         ValueError: Yvar, or no observations.
-        ModuleNotFoundError: NumPyro is not installed.
     """
     refuse_known_noise("NUTS of a network", Yvar)
-    try:
-        from priors import bnn_nuts, nuts  # on demand: they import JAX
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The surrogate hmc-bnn needs NUTS, from NumPyro: pip install 'pfn[reference]'."
-        ) from error
+    from priors import bnn_nuts, nuts  # on demand: they import JAX
 
     seen = observe(X, Y, input_transform, outcome_transform)
     d = seen.x.shape[-1]

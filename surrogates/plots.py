@@ -138,17 +138,17 @@ def plot_slices(
         line[:, parameter.columns] = space.values(name, POINTS)
         x = [space.decode(point)[name] for point in line]
         with torch.no_grad():
-            law, score = predictives(objective, line), acquisition(line)
+            predictive, score = predictives(objective, line), acquisition(line)
             for mass, color in BANDS.items():
                 ends = torch.tensor([(1 - mass) / 2, (1 + mass) / 2], dtype=line.dtype)
-                low, high = (in_units(law.icdf(end)) for end in ends)
+                low, high = (in_units(predictive.icdf(end)) for end in ends)
                 if parameter.is_one_hot:
                     upper.vlines(range(len(x)), low, high, color=color, lw=8)
                 else:
                     upper.fill_between(x, low, high, color=color, lw=0)
             style = "o" if parameter.is_one_hot else "-"
             ticks = list(range(len(x))) if parameter.is_one_hot else x
-            middle = in_units(law.icdf(0.5))
+            middle = in_units(predictive.icdf(0.5))
             upper.plot(ticks, middle, style, color=BLUE, lw=2)
             lower.plot(ticks, score.numpy(), style, color=INK, lw=1)
         seen = [space.decode(point)[name] for point in history.X]

@@ -75,6 +75,12 @@ def add(study, params, distributions, values=None, state=TrialState.COMPLETE, **
     )
 
 
+def add_random(study, space, n, f):
+    for values in torch.rand(n, len(space), generator=torch.Generator().manual_seed(0)).tolist():
+        params = dict(zip(space, values, strict=True))
+        add(study, params, space, [f(params)])
+
+
 def bowl(trial):
     return (trial.suggest_float("x", 0, 1) - 0.3) ** 2 + (trial.suggest_float("y", 0, 1) - 0.6) ** 2
 
@@ -259,10 +265,7 @@ def test_enqueued_values_are_kept_and_the_rest_is_suggested_for_them():
 def test_many_columns_move_in_subsets_around_the_best():
     space = {f"x{i}": FloatDistribution(0.0, 1.0) for i in range(12)}
     study = make_study(space=space, max_columns=4)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        values = torch.rand(12, generator=generator).tolist()
-        add(study, dict(zip(space, values, strict=True)), space, [sum(values)])
+    add_random(study, space, 5, lambda params: sum(params.values()))
     best = study.best_trial.params
     trial = study.ask(space)
     moved = [name for name in space if abs(trial.params[name] - best[name]) > 1e-12]
@@ -319,10 +322,7 @@ def test_of_several_objectives_the_front_and_what_is_feasible_are_kept():
 def test_of_many_columns_those_that_matter_move_most_often():
     space = {f"x{i}": FloatDistribution(0.0, 1.0) for i in range(12)}
     study = make_study(space=space, max_columns=3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        values = torch.rand(12, generator=generator).tolist()
-        add(study, dict(zip(space, values, strict=True)), space, [(values[3] - 0.3) ** 2])
+    add_random(study, space, 20, lambda params: (params["x3"] - 0.3) ** 2)
     moves = dict.fromkeys(space, 0)
     for _ in range(6):
         best = study.best_trial.params
