@@ -398,6 +398,9 @@ def draw_lesson(
         z = _stratified_normal(sizes.batch, m, generator)  # (s, b, m)
         y_draws, f_draws = tasks.mean + std_y * z, tasks.mean + std_f * z
         entropy = (0.5 * math.log(2 * math.pi * math.e) + std_y.log()).mean()
+        if tasks.bend is not None:
+            entropy = entropy + tasks.bend.log_slope(y_draws).mean()
+            y_draws, f_draws = tasks.bend(y_draws), tasks.bend(f_draws)
     else:
         drawn = prior.sample(sizes.batch, n + m, sizes.features, generator=generator)
         x, x_query = drawn.x[:, :n], drawn.x[:, n:]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from priors.bends import Bend
 from priors.context import read_context
 from priors.distributions import MixtureOf
 from priors.tasks import ConditionalPrior, ConditionalTasks, Tasks, knows_posterior
@@ -145,10 +146,14 @@ class Mixture:
             )
             for index, prior in enumerate(self.priors)
         ]
-        *fields, latents = zip(*parts, strict=True)
+        *fields, latents, bends = zip(*parts, strict=True)
         x, y, x_query, mean, variance, noise = (_gather(component, list(f)) for f in fields)
         shared = self._latents(component, list(latents))
-        return ConditionalTasks(x, y, x_query, mean, variance, noise, shared)
+        bend = None
+        if any(part is not None for part in bends):
+            filled = [part.bend or Bend.identity(part.noise) for part in parts]
+            bend = Bend(*(_gather(component, list(values)) for values in zip(*filled, strict=True)))
+        return ConditionalTasks(x, y, x_query, mean, variance, noise, shared, bend)
 
     def posterior(
         self,

@@ -21,8 +21,9 @@ def optimization() -> Mixture:
     Seven tasks in ten are Gaussian processes, rough or smooth, with warped inputs and irrelevant
     columns, as in HEBO+ (`priors.hebo_plus`); the others are infinitely wide networks with heavy
     tails and finite networks, which are not stationary. All have a concave trend of their own,
-    weak or strong, as y is for maximization. Noise ranges from next to none to as much as the
-    signal. Points lie in spaces with integers and choices, half of those that networks are
+    weak or strong, as y is for maximization, and seven in ten are bent: hopeless points share a
+    floor, or the best are nearly level (`priors.bends`). Noise ranges from next to none to as much
+    as the signal. Points lie in spaces with integers and choices, half of those that networks are
     trained on where a search for the best went (`priors.Searched`).
 
     Latents in `Tasks`: "noise", and "component", the index of the part.
@@ -62,4 +63,4 @@ def optimization() -> Mixture:
         network,
     )
     bowl = LogNormal(math.log(0.7), 1.0)
-    return Mixture([Searched(part, bowl=bowl) for part in parts], (0.7, 0.15, 0.15))
+    return Mixture([Searched(part, bowl=bowl, bent=0.7) for part in parts], (0.7, 0.15, 0.15))

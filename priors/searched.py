@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from priors.bends import Bend
 from priors.draws import draw, draw_normal
 from priors.kernel_prior import Process, cholesky, conditional_given
 from priors.spaces import Columns, draw_spaces
@@ -23,6 +24,7 @@ from priors.tasks import ConditionalTasks, Tasks
 ROUNDS = 4  # of a search, at most
 FRESH = 0.3  # of a round's points are drawn from the whole space
 BEYOND = 0.2  # of a column's range, that a bowl's centre may lie outside
+MOMENTS = 64  # points of a space that tell a bend where functions lie and how much they vary
 STEEPNESS = 4.3  # of a bowl in one column whose standard deviation is 1, about
 
 Trend = Callable[[Tensor], Tensor]  # x (task, n, dim) to (task, n)
@@ -44,6 +46,8 @@ class Searched:
             that is added to each function: a positive distribution. Objectives for maximization
             tend to have their best inside the space, not in its corners, which processes that are
             stationary or grow outwards do not know. Searches are then for the highest y.
+        bent: share of the functions, in [0, 1], whose values have a floor or flatten towards the
+            top, as scores of tuned models do (`priors.bends`).
 
     `sample` draws exchangeable points of the same spaces, without a search. Latents are the base's.
 
@@ -57,6 +61,7 @@ class Searched:
     base: Any
     share: float = 0.5
     bowl: Distribution | None = None
+    bent: float = 0.0
 
     def __post_init__(self) -> None:
         if not hasattr(self.base, "draw_process"):
@@ -64,10 +69,12 @@ class Searched:
                 "Expected a base that is a Gaussian process given its latents; got a "
                 f"{type(self.base).__name__}."
             )
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"Expected a share in [0, 1]; got {self.share}.")
+        for label, share in (("share", self.share), ("share bent", self.bent)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"Expected a {label} in [0, 1]; got {share}.")
         known = ("posterior", "log_evidence", "latent_posterior", "posterior_is_quick")
-        for name in known if self.bowl is None else ():  # where points lie says no more than y
+        plain = self.bowl is None and not self.bent
+        for name in known if plain else ():  # where points lie says no more than y
             if hasattr(self.base, name):
                 object.__setattr__(self, name, getattr(self.base, name))
 
@@ -85,12 +92,15 @@ class Searched:
     def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
         """`batch` tasks of `n` points in `d` columns, in float64 on the generator's device."""
         process = self.base.draw_process(batch, d, generator=generator)
-        x = draw_spaces(batch, d, generator=generator).draw(n, generator=generator)
+        space = draw_spaces(batch, d, generator=generator)
+        trend = self._trend(batch, d, generator)
+        bend = self._bend(process, space, trend, generator)
+        x = space.draw(n, generator=generator)
         factor = cholesky(process.covariance(x, x), process.jitter)
         f = (factor @ draw_normal(batch, n, 1, generator=generator)).squeeze(-1)
-        f = process.mean.unsqueeze(-1) + self._trend(batch, d, generator)(x) + f
+        f = process.mean.unsqueeze(-1) + trend(x) + f
         y = f + process.noise.sqrt().unsqueeze(-1) * draw_normal(batch, n, generator=generator)
-        return Tasks(x, y, f, process.latents)
+        return Tasks(x, bend(y), bend(f), process.latents)
 
     def sample_conditional(
         self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
@@ -104,11 +114,26 @@ class Searched:
         space = draw_spaces(batch, d, generator=generator)
         trend = self._trend(batch, d, generator)
         coin = torch.rand((), device=generator.device, generator=generator)
-        search = _Search(space, process, trend, self.bowl is not None, batch, generator)
+        bend = self._bend(process, space, trend, generator)
+        upwards = self.bowl is not None or self.bent > 0
+        search = _Search(space, process, trend, bend, upwards, batch, generator)
         x, y, factor, z = search.run(n, ROUNDS if float(coin) < self.share else 0)
         x_query = search.queries(x, y, visible)
         tasks = conditional_given(process, x, x_query, factor, z, visible)
-        return tasks._replace(y=tasks.y + trend(x), mean=tasks.mean + trend(x_query))
+        return tasks._replace(
+            y=y, mean=tasks.mean + trend(x_query), bend=bend if self.bent else None
+        )
+
+    def _bend(
+        self, process: Process, space: Columns, trend: Trend, generator: torch.Generator
+    ) -> Bend:
+        """The bends of a batch, in the units that functions have in their spaces a priori."""
+        if not self.bent:
+            return Bend.identity(process.noise)
+        x = space.draw(MOMENTS, generator=generator)
+        line = trend(x)
+        scale = (line.var(-1) + process.variance(x).mean(-1)).sqrt()
+        return Bend.draw(process.mean + line.mean(-1), scale, self.bent, generator=generator)
 
     def _trend(self, batch: int, d: int, generator: torch.Generator) -> Trend:
         """The trends of a batch: 0, or bowls around centres of their own, steep in some columns."""
@@ -132,11 +157,12 @@ class _Search:
         space: Columns,
         process: Process,
         trend: Trend,
+        bend: Bend,
         upwards: bool,
         batch: int,
         generator: torch.Generator,
     ) -> None:
-        self.space, self.process, self.trend = space, process, trend
+        self.space, self.process, self.trend, self.bend = space, process, trend, bend
         self.generator = generator
         sign = self._uniform(batch, 1).sub(0.5).sign()
         self.sign = sign.abs() if upwards else sign
@@ -144,7 +170,7 @@ class _Search:
         self.change = 0.1 + 0.9 * self._uniform(batch, 1, 1)  # share of columns that move
 
     def run(self, n: int, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (task, n, dim), y = L z + trend (task, n), to which the mean is added, L and z."""
+        """x (task, n, dim), y, the bend of mean + L z + trend, (task, n), L and z."""
         batch, d = self.space.levels.shape
         z = draw_normal(batch, n, 1, generator=self.generator)
         x, y = z.new_empty(batch, 0, d), z.new_empty(batch, 0)
@@ -161,8 +187,8 @@ class _Search:
             diagonal = self.process.noise + self.process.jitter
             factor[:, start:stop, start:stop] = cholesky(block, diagonal)
             seen = factor[:, start:stop, :stop] @ z[:, :stop]
-            seen = seen.squeeze(-1) + self.trend(new)
-            x, y = torch.cat([x, new], 1), torch.cat([y, seen], 1)
+            seen = self.process.mean.unsqueeze(-1) + seen.squeeze(-1) + self.trend(new)
+            x, y = torch.cat([x, new], 1), torch.cat([y, self.bend(seen)], 1)
         return x, y, factor, z
 
     def queries(self, x: Tensor, y: Tensor, visible: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from priors.bends import Bend
+
 
 class Tasks(NamedTuple):
     """A batch of data sets drawn from a prior.
@@ -37,6 +39,8 @@ class ConditionalTasks(NamedTuple):
     noise) given the latents and the first `visible_j` observations. A network trained on these
     conditionals instead of on single draws minimises the same expected loss with less gradient
     noise (Rao-Blackwell).
+
+    With a `bend`, y and f are bent: mean, variance and noise are of what it is applied to.
     """
 
     x: Tensor  # (task, point, dim)
@@ -46,6 +50,7 @@ class ConditionalTasks(NamedTuple):
     variance: Tensor  # (task, query) Var[f_j | latents, y_1 .. y_visible_j]
     noise: Tensor  # (task,) variance of the observation noise
     latents: dict[str, Tensor]
+    bend: Bend | None = None
 
 
 @runtime_checkable

@@ -43,6 +43,7 @@ from pfn.pretrain import (
 from pfn.transformer import Final, Latent, Mixture, Transformer, TransformerConfig
 from pfn.units import FromContext, context_units
 from priors import ConditionalTasks, GaussianProcess, Prior, Tasks
+from priors.bends import Bend
 
 CPU = torch.device("cpu")
 CONFIG = PretrainConfig(
@@ -570,6 +571,26 @@ def test_the_loss_estimates_the_cross_entropy_without_bias() -> None:
         assert abs(estimate - expected) < 4 * error + 1e-6  # less, as draws are stratified
     entropy = 0.5 * math.log(2 * math.pi * math.e * 0.09)
     assert abs(loss_y - excess - entropy) < 1e-6
+
+
+def test_lessons_are_bent_and_know_what_that_does_to_the_entropy() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Halved(Known):
+        """A floor above all values, which leaks a half: a line of slope 1/2."""
+
+        def sample_conditional(
+            self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
+        ) -> ConditionalTasks:
+            tasks = super().sample_conditional(batch, n, d, visible, generator=generator)
+            line = Bend.identity(tasks.noise)
+            far = torch.full_like(tasks.noise, 1e3)
+            return tasks._replace(bend=line._replace(floor=far, leak=0.5 * torch.ones_like(far)))
+
+    sizes = Sizes(20, 5, 0, 1, False)
+    plain, halved = (lesson_for(prior, CONFIG, sizes) for prior in (Known(), Halved()))
+    torch.testing.assert_close(halved.y_draws, 500 + 0.5 * plain.y_draws, rtol=1e-5, atol=0)
+    torch.testing.assert_close(halved.f_draws, 500 + 0.5 * plain.f_draws, rtol=1e-5, atol=0)
+    assert float(halved.entropy) == pytest.approx(float(plain.entropy) + math.log(0.5), abs=1e-5)
 
 
 def test_conditionals_and_single_draws_give_the_same_expected_loss() -> None:

@@ -20,7 +20,7 @@ from torch.distributions import (
     StudentT,
 )
 
-from priors import GaussianProcess, Mixture, Tasks, from_config, to_config
+from priors import GaussianProcess, Mixture, Searched, Tasks, from_config, to_config
 from priors.distributions import MixtureOf, StackOf, Transformed, expectation, invert_cdf
 from priors.tasks import ConditionalPrior
 
@@ -314,6 +314,19 @@ def test_conditionals_are_passed_on_where_all_parts_have_them() -> None:
     expected = torch.where(component == 0, 1.0, 2.0).double()
     torch.testing.assert_close(tasks.variance[:, 0], expected)
     assert not isinstance(Mixture([SMOOTH, Coin()]), ConditionalPrior)
+
+
+def test_bends_are_those_of_the_part() -> None:
+    prior = Mixture([Searched(SMOOTH, bent=1.0), SMOOTH])
+    tasks: Any = prior.sample_conditional(500, 5, 1, torch.tensor([5]), generator=generator())
+    plain = tasks.latents["component"] == 1
+    z = torch.randn(500, 3, dtype=torch.float64)
+    y = tasks.bend(z)
+    torch.testing.assert_close(y[plain], z[plain])
+    changed = (y - z).abs().amax(1) > 1e-3
+    assert float(changed[~plain].double().mean()) > 0.8
+    none: Any = Mixture([Searched(SMOOTH), SMOOTH])
+    assert none.sample_conditional(2, 5, 1, torch.tensor([5]), generator=generator()).bend is None
 
 
 def test_parts_without_a_posterior_are_named() -> None:

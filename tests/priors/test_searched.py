@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import LogNormal
 
 from priors import BNN, GaussianProcess, LearningCurves, Searched, Warped, optimization
+from priors.bends import Bend
 from priors.searched import _Search
 from priors.spaces import Columns, draw_spaces
 
@@ -150,11 +151,48 @@ def test_searches_of_bowls_are_for_the_highest() -> None:
     assert not hasattr(prior, "posterior")  # which would not know of the trend
 
 
+def test_bends_come_after_noise_and_leave_the_conditional_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = torch.ones(6, dtype=torch.float64)
+    curved = Bend(0.7 * one, 2 * one, 0.4 * one, one, one, one)  # y = 0.7 + 5 (1 - exp(-0.4 t))
+    monkeypatch.setattr(Searched, "_bend", lambda *_: curved)
+    prior = Searched(FIXED, share=1.0, bent=1.0)
+    tasks = prior.sample_conditional(6, 24, 2, torch.tensor([9, 24]), generator=generator())
+    latent = 0.7 - 5 * torch.log1p(-(tasks.y - 0.7) / 5)
+    for j, p in enumerate((9, 24)):
+        for i in range(6):
+            query = tasks.x_query[i, j : j + 1]
+            exact = FIXED.posterior((tasks.x[i, :p], latent[i, :p]), query, latent=True)
+            assert float(tasks.mean[i, j]) == pytest.approx(float(exact.mean), abs=1e-5)
+            assert float(tasks.variance[i, j]) == pytest.approx(float(exact.variance), abs=1e-5)
+    assert tasks.bend is curved and not hasattr(prior, "posterior")
+    drawn = prior.sample(6, 2000, 2, generator=generator())
+    y, f = (0.7 - 5 * torch.log1p(-(value - 0.7) / 5) for value in (drawn.y, drawn.f))
+    assert float((y - f).var()) == pytest.approx(0.02, rel=4 * math.sqrt(2 / 12000))
+
+
+def test_bends_know_where_functions_lie_and_how_much_they_vary() -> None:
+    prior = Searched(FIXED, bowl=LogNormal(math.log(2.0), 1e-6), bent=1.0)
+    process = FIXED.draw_process(300, 3, generator=generator())
+    space = draw_spaces(300, 3, generator=generator())
+    trend = prior._trend(300, 3, generator())
+    bend = prior._bend(process, space, trend, generator(1))
+    x = space.draw(400, generator=generator(2))
+    line = trend(x)
+    expected = (1.5 + line.var(1)).sqrt()
+    error = expected / math.sqrt(60)  # of 64 points, with heavy tails to spare
+    assert bool(((bend.center - 0.7 - line.mean(1)).abs() < 5 * error).all())
+    assert bool(((bend.scale / expected).log().abs() < 5 * math.sqrt(1 / 60)).all())
+
+
 def test_what_cannot_be_searched_is_refused() -> None:
     with pytest.raises(ValueError, match="Gaussian process given its latents"):
         Searched(LearningCurves())
-    with pytest.raises(ValueError, match="share in"):
+    with pytest.raises(ValueError, match="a share in"):
         Searched(FIXED, 1.5)
+    with pytest.raises(ValueError, match="share bent in"):
+        Searched(FIXED, bent=-0.1)
 
 
 def test_objectives_have_noise_and_a_kind() -> None:
@@ -168,9 +206,9 @@ def test_what_a_query_does_not_see_moves_nothing() -> None:
     space = draw_spaces(5, 2, generator=generator())
     x, y = space.draw(20, generator=generator(1)), torch.randn(5, 20, dtype=torch.float64)
     visible = torch.tensor([5, 5, 0, 20])
-    flat = Searched(FIXED)._trend(5, 2, generator())
+    flat, level = Searched(FIXED)._trend(5, 2, generator()), Bend.identity(process.noise)
     first, other = (
-        _Search(space, process, flat, False, 5, generator(2)).queries(x, values, visible)
+        _Search(space, process, flat, level, False, 5, generator(2)).queries(x, values, visible)
         for values in (y, torch.cat([y[:, :5], 7 * y[:, 5:]], 1))
     )
     assert torch.equal(first[:, :3], other[:, :3])
