@@ -2,6 +2,7 @@
 
 Every run of a method on a problem with a seed is a line of `results/bo-runs/METHOD.jsonl`, written
 as soon as it is done, so that a killed benchmark continues; to repeat a method, delete its file.
+Runs of `pfn` carry a fingerprint of its weights, and count while these are the shipped ones.
 `report` makes results/bo.json of them: the rank of each method among all on each problem and seed,
 regrets relative to what random search leaves, and seconds per suggestion beside whatever else ran
 (`speed.py suggest` times them alone). Lower is better; in several objectives the hypervolume that
@@ -10,10 +11,12 @@ is missed counts. Our samplers begin with as many points as `surrogates.minimize
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +30,10 @@ from numpy.typing import NDArray
 from objectives import PROBLEMS, REAL, Problem, hypervolume
 
 import surrogates
+from pfn.library import find
 from pfn.plot import BLUE, GREY, INK, import_pyplot, quiet
 from surrogates.optimize import STARTUP_TRIALS
+from surrogates.prior_fitted import MODEL
 
 app = typer.Typer(add_completion=False)
 EVALUATIONS, AFTER = 40, (20, 40)
@@ -44,6 +49,7 @@ Runs = Annotated[Path, typer.Option(help="where runs are kept")]
 RUNS = common.RESULTS / "bo-runs"
 CHOSEN_ON = (0, 1)  # seeds on which checkpoints of the network were compared: it may flatter them
 DIGITS = 6  # of losses that are kept
+FINGERPRINT = 12  # hexadecimal digits
 FIGURE = Path(__file__).parent.parent / "docs" / "optimization.png"
 TITLES = ("mean rank", "regret, random search's is 1")
 OTHERS = {"color": GREY, "lw": 1.2}
@@ -61,7 +67,8 @@ def run(
     runs.mkdir(parents=True, exist_ok=True)
     for file in runs.glob("*.jsonl"):  # without a line that was being written at a kill
         text = file.read_text(encoding="utf-8")
-        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        if not text.endswith("\n"):
+            file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     done = {(r["method"], r["problem"], r["seed"]) for r in read(runs)}
     missing = [
         (name, problem, seed)
@@ -116,13 +123,23 @@ def has_run(method: str, losses: dict[tuple[str, str, int], NDArray[np.float64]]
 
 
 def read(runs: Path) -> list[dict[str, Any]]:
-    """All runs that are kept."""
-    return [
+    """All runs that are kept, but those of other weights."""
+    every = [
         json.loads(line)
         for file in sorted(runs.glob("*.jsonl"))
         for line in file.read_text(encoding="utf-8").splitlines(keepends=True)
         if line.endswith("\n")
     ]
+    return [r for r in every if r.get("weights") == weights(r["method"])]
+
+
+@cache
+def weights(method: str) -> str | None:
+    """The first digits of SHA-256 of the shipped network, which only `pfn` has."""
+    if method != "pfn":
+        return None
+    file = find(MODEL) / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:FINGERPRINT]
 
 
 def one(method: str, name: str, seed: int) -> dict[str, Any]:
@@ -151,7 +168,7 @@ def one(method: str, name: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "losses": [float(f"{loss:.{DIGITS}g}") for loss in losses],
         "seconds per step": round(float(np.mean(seconds[5:])), 5),
-    }
+    } | ({"weights": of} if (of := weights(method)) else {})
 
 
 def losses_after_each(
