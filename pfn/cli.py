@@ -10,6 +10,8 @@ import importlib
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -266,23 +268,28 @@ def optimize(
     """Minimise a function of a dict of parameters.
 
     The function is imported and executed. Evaluations that raise, hang or return NaN are recorded
-    and stepped over.
+    and stepped over; if none succeeds, the exit code is 1.
+
+    A table of the TOML file has low and high, perhaps log = true or step, or it has choices, a
+    list. Whole numbers are integers, unless type = "float".
     """
+    _check_outputs(out, plot)
     # by its name: nothing in this package depends on that one
     loop = importlib.import_module("surrogates.optimize")
-    result = loop.optimize_command(
-        objective,
-        space,
-        largest=maximize,
-        budget=budget,
-        surrogate=surrogate,
-        seed=seed,
-        storage=storage,
-        study_name=study,
-        objectives=objectives,
-        workers=workers,
-        trial_timeout=trial_timeout,
-    )
+    with _printing_to_stderr() if as_json else nullcontext():
+        result = loop.optimize_command(
+            objective,
+            space,
+            largest=maximize,
+            budget=budget,
+            surrogate=surrogate,
+            seed=seed,
+            storage=storage,
+            study_name=study,
+            objectives=objectives,
+            workers=workers,
+            trial_timeout=trial_timeout,
+        )
     typer.echo(json.dumps(result.summary(), indent=1) if as_json else str(result))
     if out:
         result.trace.to_csv(out, index=False)
@@ -290,6 +297,35 @@ def optimize(
         result.plot().savefig(plot, dpi=150)
     if result.interrupted:
         sys.exit(130)
+    if result.x is None or len(result.x) == 0:
+        sys.exit(1)
+
+
+def _check_outputs(table: Path | None, figure: Path | None) -> None:
+    """Raises a ValueError for files that could not be written, before what they are to hold."""
+    for path in (table, figure):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"Expected a file in a folder that exists; got {path}.")
+    if figure is not None:
+        from pfn.plot import import_pyplot
+
+        kinds = import_pyplot().Figure().canvas.get_supported_filetypes()
+        if figure.suffix[1:].lower() not in kinds:
+            raise ValueError(f"Expected a figure of a type among {sorted(kinds)}; got {figure}.")
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """All that this process and its children print, so that stdout holds JSON alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _plot(path: Path, fitted: Fitted, x_query: Array, latent: bool, names: list[str]) -> None:

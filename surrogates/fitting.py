@@ -48,13 +48,14 @@ def fit(
         seed: of all that is random in the fit.
         input_transform: a BoTorch transform instead of the map of the bounds.
         outcome_transform: a BoTorch transform of Y; by default each surrogate standardises.
-        options: of the surrogate: see its function in `FITS`.
+        options: of the surrogate, the keyword arguments of its function, such as
+            `surrogates.prior_fitted.fit_pfn`; `surrogates.names.FITS` says where each is.
 
     Returns:
         A model in float64; a `ModelListGP` or `ModelList` for m > 1.
 
     Raises:
-        ValueError: an unknown name, or data of other shapes, not finite, or out of order.
+        ValueError: an unknown name or option, or data of other shapes, not finite, or out of order.
         ModuleNotFoundError: a missing extra, with its installation.
 
     Example:
@@ -73,6 +74,7 @@ def fit(
     elif bounds is not None:
         raise ValueError("Expected bounds or an input_transform, not both.")
     fit_one = find_fit(name)
+    check_options(name, options)
     models = [
         fit_one(
             X,

@@ -139,6 +139,19 @@ def fit_kernel(
     return model
 
 
+class KernelModel(SingleTaskGP):
+    """A SingleTaskGP that takes observations at once, not only after it has predicted."""
+
+    def condition_on_observations(  # type: ignore[override]
+        self, X: Tensor, Y: Tensor, **kwargs: Any
+    ) -> Any:
+        """GPyTorch's, which needs caches of a prediction."""
+        if self.prediction_strategy is None:
+            with torch.no_grad():
+                self.posterior(X[..., :1, :])
+        return super().condition_on_observations(X, Y, **kwargs)
+
+
 def kernel_model(
     X: Tensor,
     Y: Tensor,
@@ -151,7 +164,7 @@ def kernel_model(
     """A SingleTaskGP with this kernel and mean, or BoTorch's, before any fit."""
     observe(X, Y)  # refuses what is no data of one output
     with settings.validate_input_scaling(False):  # a constant Y has no standard deviation of 1
-        return SingleTaskGP(
+        return KernelModel(
             X,
             Y,
             Yvar,
@@ -172,7 +185,7 @@ def refuse_known_noise(name: str, Yvar: Tensor | None) -> None:
         raise ValueError(
             f"Expected no Yvar, because {name} infers its noise; got one of shape "
             f'{tuple(Yvar.shape)}. Known noise is respected by "gp", "dkl", "ibnn" and '
-            '"laplace-bnn".'
+            '"laplace-bnn", and by "pfn" if it is the same everywhere.'
         )
 
 

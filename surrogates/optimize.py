@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,8 @@ class Result:
     def trace(self) -> pd.DataFrame:
         """A row for each evaluation: number, state, value, best so far, parameters, seconds, error.
 
-        Of several objectives: value_0, value_1, ... and no best.
+        The seconds are those of the suggestion and the evaluation. Of several objectives: value_0,
+        value_1, ... and no best. With constraints, a column says where they were met.
         """
         return trace(self.study)
 
@@ -91,7 +93,8 @@ class Result:
         elif isinstance(x, list):
             x = [point.tolist() if isinstance(point, np.ndarray) else point for point in x]
         value = self.value.tolist() if isinstance(self.value, np.ndarray) else self.value
-        value = None if x is None else value
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
         return {"x": x, "value": value, "evaluations": dict(counts), "study": self.study.study_name}
 
     def __str__(self) -> str:
@@ -131,7 +134,8 @@ def minimize(
       failed evaluations; infinite ones on the other side stay values. All count for the budget.
     - A warning says so if no evaluation succeeded, or none met the constraints.
     - With a storage, the same call continues the study of that name, and several processes may make
-      it at once; `budget` is what they have together. Trials of a process that died on this machine
+      it at once; `budget` is what they have together, and each returns once it can start no more
+      of it, though others may still evaluate. Trials of a process that died on this machine
       are queued again, once; a trial whose process dies a second time has failed. Trials of other
       machines are never taken for dead: `study.tell(number, state=TrialState.FAIL)` gives one up.
     - Ctrl-C returns what there is. The evaluation that it stopped is queued again. Whatever else
@@ -245,6 +249,8 @@ def trace(study: Study) -> pd.DataFrame:
             row |= {"value": values[0], "best": sign * best if best > -math.inf else math.nan}
         else:
             row |= {f"value_{i}": value for i, value in enumerate(values)}
+        if trial.constraints:
+            row["feasible"] = is_feasible(trial)
         seconds = trial.duration.total_seconds() if trial.duration else math.nan
         ends = {"seconds": seconds, "error": trial.user_attrs.get(ERROR)}
         taken = {*row, *ends}
@@ -313,9 +319,17 @@ def _optimize(
     options: dict[str, Any],
 ) -> Result:
     distributions, as_vector = _read_space(space)
+    if not callable(f):
+        raise ValueError(f"Expected a function; got {f!r}.")
     for label, number in {"budget": budget, "workers": workers, "objectives": objectives}.items():
-        if number < 1:
-            raise ValueError(f"Expected {label} >= 1; got {number}.")
+        if not isinstance(number, Integral) or number < 1:
+            raise ValueError(f"Expected {label} as a whole number, 1 or more; got {number!r}.")
+    if not isinstance(callbacks, Sequence):
+        raise ValueError(f"Expected callbacks as a list of functions; got {callbacks!r}.")
+    if not isinstance(storage, str | BaseStorage | None):
+        raise ValueError(
+            f"Expected a storage such as sqlite:///tuning.db, or one of Optuna's; got {storage!r}."
+        )
     if trial_timeout is not None and not trial_timeout > 0:
         raise ValueError(f"Expected a trial_timeout > 0 seconds; got {trial_timeout}.")
     options = {"n_startup_trials": STARTUP_TRIALS, **options}
@@ -556,7 +570,7 @@ def _open_study(
     if study.directions != directions:
         raise ValueError(
             f"Expected study {name!r} to have directions {[d.name for d in directions]}; the "
-            f"storage has {[d.name for d in study.directions]}. Choose another study_name."
+            f"storage has {[d.name for d in study.directions]}. Choose another name for the study."
         )
     try:
         space = json.dumps({key: distribution_to_json(d) for key, d in distributions.items()})
@@ -570,7 +584,7 @@ def _open_study(
     if study.user_attrs.setdefault("space", space) != space:
         raise ValueError(
             f"Expected study {name!r} to have the space {list(distributions)} with the same ranges;"
-            f" the storage has {study.user_attrs['space']}. Choose another study_name."
+            f" the storage has {study.user_attrs['space']}. Choose another name for the study."
         )
     study.set_user_attr("space", space)
     return study

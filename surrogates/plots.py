@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SLICES = 4  # parameters that `plot_result` shows
 POINTS = 200  # of a curve
+AROUND = 0.5  # ranges of the values that the axis of slices has on both sides, at most
 FENCE = 4.0  # distances from the best to the median: values farther below that are left out
 
 
@@ -44,7 +45,10 @@ def plot_result(study: Study) -> Figure:
         whole: Figure = axes.get_figure()
         return whole
     space = _space(study)
-    names = [parameter.name for parameter in space.parameters[:SLICES]]
+    trials = counted(study.get_trials(deepcopy=False))
+    asked = list(trials[-1].params) if trials else []  # in the objective's order
+    shared = sorted((p.name for p in space.parameters), key=asked.index)
+    names = shared[:SLICES]
     if not names or _sampler_of_all(study, space) is None:
         figure, ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
         plot_best(study, ax)
@@ -53,17 +57,27 @@ def plot_result(study: Study) -> Figure:
     top, bottom = figure.subfigures(2, 1, height_ratios=(2, 3))
     plot_best(study, top.subplots())
     plot_slices(study, names, bottom)
+    if len(shared) > SLICES:
+        bottom.suptitle(
+            f"{SLICES} of {len(shared)} parameters; plot_slices(study, names) has the others",
+            fontsize="small",
+            color=INK,
+        )
     return figure
 
 
 def plot_best(study: Study, ax: Axes | None = None) -> Axes:
     """Each evaluation's value, and the best so far; failed evaluations are ticks below.
 
-    Values so bad that the rest would be a line are counted in words instead.
+    Values so bad that the rest would be a line are counted in words instead. Those that met no
+    constraints are circles.
     """
     if len(study.directions) > 1:
         raise ValueError("Expected a study of one objective; plot_front shows several.")
-    ax = import_pyplot().subplots(layout="constrained")[1] if ax is None else ax
+    plt = import_pyplot()
+    from matplotlib.ticker import MaxNLocator
+
+    ax = plt.subplots(layout="constrained")[1] if ax is None else ax
     trials = counted(study.get_trials(deepcopy=False))
     complete = [t for t in trials if t.state == TrialState.COMPLETE and math.isfinite(t.values[0])]
     numbers = [trial.number for trial in complete]
@@ -73,12 +87,19 @@ def plot_best(study: Study, ax: Axes | None = None) -> Axes:
         sign * v if is_feasible(t) else -math.inf for t, v in zip(complete, values, strict=True)
     ]
     best = sign * np.maximum.accumulate(np.array(scores, dtype=np.float64))
-    ax.scatter(numbers, values, s=16, color=GREY, lw=0, label="evaluations")
-    ax.step(numbers, best, where="post", color=BLUE, lw=2, label="best so far")
+    met = np.isfinite(np.array(scores, dtype=np.float64))
+    x, y = np.array(numbers, dtype=np.float64), np.array(values, dtype=np.float64)
+    ax.scatter(x[met], y[met], s=16, color=GREY, lw=0, label="evaluations")
+    if not met.all():
+        ax.scatter(x[~met], y[~met], s=16, facecolor="none", edgecolor=GREY, label="infeasible")
+    if met.any():
+        first = int(met.argmax())
+        ax.step(x[first:], best[first:], where="post", color=BLUE, lw=2, label="best so far")
     failed = [trial.number for trial in trials if trial.state == TrialState.FAIL]
     if failed:
         height = ax.get_xaxis_transform()
         ax.plot(failed, [0.02] * len(failed), "|", color=INK, transform=height, label="failed")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("trial", color=INK)
     ax.set_ylabel("value", color=INK)
     _leave_out_terrible(ax, np.array(values), sign)
@@ -161,8 +182,10 @@ def plot_slices(
                 ax.set_xscale("log")
             quiet(ax)
         lower.set_xlabel(name, color=INK)
-    _leave_out_terrible(grid[0, 0], in_units(history.Y[:, 0]), sign)
-    grid[0, 0].set_ylabel("value", color=INK)
+    values = in_units(history.Y[:, 0])
+    _end_near(grid[0, 0], values)
+    _leave_out_terrible(grid[0, 0], values, sign)
+    grid[0, 0].set_ylabel("value: median, 50 % and 90 %", color=INK)
     grid[1, 0].set_ylabel("log acquisition", color=INK)
     return [*grid[0], *grid[1]]
 
@@ -184,6 +207,14 @@ def plot_parallel(study: Study, objective: int = 0) -> Axes:
     )
 
 
+def _end_near(ax: Axes, values: NDArray[np.float64]) -> None:
+    """Ends the axis within `AROUND` ranges of values (k,), where intervals may reach far beyond."""
+    beyond = AROUND * np.ptp(values)
+    if beyond > 0:
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, values.min() - beyond), min(high, values.max() + beyond))
+
+
 def _leave_out_terrible(ax: Axes, values: NDArray[np.float64], sign: float) -> None:
     """Ends the axis of values (k,) before the terrible ones, and says how many there are."""
     if not len(values):
@@ -194,7 +225,8 @@ def _leave_out_terrible(ax: Axes, values: NDArray[np.float64], sign: float) -> N
         return
     kept = values[~terrible]
     margin = 0.08 * np.ptp(kept)
-    ax.set_ylim(kept.min() - margin, kept.max() + margin)
+    low, high = ax.get_ylim()
+    ax.set_ylim(kept.min() - margin if sign > 0 else low, kept.max() + margin if sign < 0 else high)
     height, side = (0.03, "bottom") if sign > 0 else (0.97, "top")  # where they would be
     words = f"{terrible.sum()} worse, not shown"
     ax.text(0.99, height, words, color=GREY, fontsize="small", ha="right", va=side,

@@ -271,11 +271,15 @@ def _read_table(name: str, table: Any) -> BaseDistribution:
     if "choices" in table:
         if set(table) > {"choices"} or kind not in (None, "categorical"):
             raise ValueError(f"Expected [{name}] with choices alone; got {table}.")
+        if not isinstance(table["choices"], list) or not table["choices"]:
+            raise ValueError(f"Expected [{name}] with a list of choices; got {table['choices']!r}.")
         return CategoricalDistribution(table["choices"])
     if not {"low", "high"} <= set(table) or kind not in (None, "float", "int"):
         raise ValueError(
             f"Expected [{name}] with low and high, or choices, and a type float or int; got {table}"
         )
+    if not isinstance(table.get("log", False), bool):
+        raise ValueError(f"Expected [{name}] with log true or false; got {table['log']!r}.")
     numbers = [table[key] for key in ("low", "high", "step") if key in table]
     whole = all(isinstance(number, int) for number in numbers)
     if kind == "int" and not whole:

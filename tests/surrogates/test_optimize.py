@@ -489,6 +489,10 @@ def test_a_surrogate_of_fewer_columns_than_the_study_has_no_slices():
         ({"space": [(1.0, 0.0)]}, "low < high"),
         ({"space": {}}, "at least one"),
         ({"budget": 0}, "budget"),
+        ({"budget": "3"}, "budget"),
+        ({"f": 3}, "function"),
+        ({"callbacks": print}, "callbacks"),
+        ({"storage": Path("a.db")}, "storage"),
         ({"workers": 0}, "workers"),
         ({"trial_timeout": -1.0}, "trial_timeout"),
         ({"surrogate": "magic"}, "surrogate"),
@@ -497,12 +501,13 @@ def test_a_surrogate_of_fewer_columns_than_the_study_has_no_slices():
 )
 def test_bad_arguments_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
-        minimize(bowl, **{"space": BOX, "surrogate": "sobol", **arguments})
+        minimize(**{"f": bowl, "space": BOX, "surrogate": "sobol", **arguments})
 
 
 def test_command_line(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def loss(p):\n    if p['k'] == 3:\n        raise ValueError('bad k')\n"
+        "def loss(p):\n    print('evaluating')\n"
+        "    if p['k'] == 3:\n        raise ValueError('bad k')\n"
         "    return (p['k'] - 2) ** 2\n"
     )
     (tmp_path / "space.toml").write_text("[k]\nlow = 0\nhigh = 5\n")
@@ -522,11 +527,51 @@ def test_command_line(tmp_path):
     assert "bad k" in done.stderr
     assert len((tmp_path / "trace.csv").read_text().splitlines()) == 7
     assert (tmp_path / "a.png").stat().st_size > 0
-    lost = run("--plot", "nowhere/a.png")
-    assert lost.returncode == 2 and lost.stdout.startswith("value 0 at")
+    for option in (["--plot", "nowhere/a.png"], ["--plot", "a.foo"], ["--out", "nowhere/a.csv"]):
+        early = run(*option)  # nothing is evaluated for a file that cannot be written
+        assert early.returncode == 2 and not early.stdout and option[1] in early.stderr
     (tmp_path / "space.toml").write_text("[k]\nlow = 0\n")
     bad = run()
     assert bad.returncode == 2 and bad.stderr.startswith("Error: Expected [k]")
+
+
+def test_a_command_without_success_says_so(tmp_path):
+    (tmp_path / "mine.py").write_text("def loss(p):\n    return float('nan')\n")
+    (tmp_path / "space.toml").write_text("[k]\nlow = 0\nhigh = 5\n")
+    options = "mine:loss --space space.toml --budget 2 --surrogate sobol --json".split()
+    command = [sys.executable, "-m", "pfn", "optimize", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 1
+    answer = json.loads(done.stdout)
+    assert answer["x"] is None and answer["value"] is None and answer["evaluations"] == {"fail": 2}
+
+
+def test_infinite_values_are_null_in_json():
+    result = minimize(lambda x: math.inf, BOX, budget=2, surrogate="sobol")
+    assert result.value == math.inf
+    assert json.loads(json.dumps(result.summary(), allow_nan=False))["value"] is None
+
+
+def test_infeasible_evaluations_are_circles_and_no_best():
+    result = minimize(lambda x: (x[0], {"c": x[0] - 0.5}), [(0, 1)], budget=8, surrogate="sobol")
+    met = result.trace["feasible"]
+    assert 0 < met.sum() < 8
+    fine, circles = plot_best(result.study).collections
+    assert len(fine.get_offsets()) == met.sum() and len(circles.get_offsets()) == 8 - met.sum()
+    with pytest.warns(UserWarning, match="met the constraints"):
+        none = minimize(lambda x: (x[0], {"c": 1.0}), [(0, 1)], budget=3, surrogate="sobol")
+    assert not plot_best(none.study).lines
+
+
+def test_plots_show_the_first_parameters_and_say_how_many_there_are():
+    space = {name: FloatDistribution(0, 1) for name in "edcba"}
+    result = minimize(lambda p: sum(p.values()), space, budget=6, surrogate="gp", **QUICK)
+    bottom = result.plot().subfigs[1]
+    assert [ax.get_xlabel() for ax in bottom.axes if ax.get_xlabel()] == list("edcb")
+    assert bottom.get_suptitle().startswith("4 of 5")
+    values = result.trace["value"]
+    low, high = bottom.axes[0].get_ylim()
+    assert high - low < 2.1 * (values.max() - values.min())
 
 
 def test_objectives_are_found_or_refused(tmp_path, monkeypatch):

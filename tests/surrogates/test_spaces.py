@@ -125,6 +125,9 @@ def test_space_file(tmp_path: Path):
         "[lr]\nlow = 2\nhigh = 1",
         "[lr]\nmin = 1",
         "[lr",
+        '[k]\nchoices = "adam"',
+        "[k]\nchoices = []",
+        "[k]\nlow = 1\nhigh = 9\nlog = 1",
         '[k]\ntype = "int"\nlow = 1\nhigh = 2.5',
     ],
 )

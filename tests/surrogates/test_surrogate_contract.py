@@ -133,6 +133,21 @@ def test_conditioning_moves_towards_the_data(model: Model) -> None:
     assert bool(after.mean > posterior.mean)
 
 
+@pytest.mark.filterwarnings("ignore:New observations leave")
+def test_conditioning_needs_no_prediction_before() -> None:
+    fresh = surrogates.fit("gp", X, Y, bounds=BOX)
+    at_once = fresh.condition_on_observations(QUERIES[:1], Y[:1])
+    fresh = surrogates.fit("gp", X, Y, bounds=BOX)
+    fresh.posterior(QUERIES)
+    later = fresh.condition_on_observations(QUERIES[:1], Y[:1])
+    torch.testing.assert_close(at_once.posterior(QUERIES).mean, later.posterior(QUERIES).mean)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="kernal"):
+        surrogates.fit("gp", X, Y, bounds=BOX, kernal="rbf")
+
+
 def test_copies_answer_alike(model: Model) -> None:
     expected = model.posterior(QUERIES).mean
     copied = copy.deepcopy(model).posterior(QUERIES).mean
