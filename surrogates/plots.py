@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SLICES = 4  # parameters that `plot_result` shows
 POINTS = 200  # of a curve
-AROUND = 0.5  # ranges of the values that the axis of slices has on both sides, at most
+MARGIN, AROUND = 0.08, 0.5  # ranges of the values beyond them on an axis; on one of slices
 FENCE = 4.0  # distances from the best to the median: values farther below that are left out
 
 
@@ -69,8 +69,8 @@ def plot_result(study: Study) -> Figure:
 def plot_best(study: Study, ax: Axes | None = None) -> Axes:
     """Each evaluation's value, and the best so far; failed evaluations are ticks below.
 
-    Values so bad that the rest would be a line are counted in words instead. Those that met no
-    constraints are circles.
+    Values so bad that the rest would be a line are counted in words instead. Those that
+    broke a constraint are circles.
     """
     if len(study.directions) > 1:
         raise ValueError("Expected a study of one objective; plot_front shows several.")
@@ -102,7 +102,7 @@ def plot_best(study: Study, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("trial", color=INK)
     ax.set_ylabel("value", color=INK)
-    _leave_out_terrible(ax, np.array(values), sign)
+    _end_near(ax, y, sign, MARGIN)
     quiet(ax)
     ax.legend(frameon=False, fontsize="small", labelcolor=INK)
     return ax
@@ -182,9 +182,7 @@ def plot_slices(
                 ax.set_xscale("log")
             quiet(ax)
         lower.set_xlabel(name, color=INK)
-    values = in_units(history.Y[:, 0])
-    _end_near(grid[0, 0], values)
-    _leave_out_terrible(grid[0, 0], values, sign)
+    _end_near(grid[0, 0], in_units(history.Y[:, 0]), sign, AROUND)
     grid[0, 0].set_ylabel("value: median, 50 % and 90 %", color=INK)
     grid[1, 0].set_ylabel("log acquisition", color=INK)
     return [*grid[0], *grid[1]]
@@ -207,30 +205,28 @@ def plot_parallel(study: Study, objective: int = 0) -> Axes:
     )
 
 
-def _end_near(ax: Axes, values: NDArray[np.float64]) -> None:
-    """Ends the axis within `AROUND` ranges of values (k,), where intervals may reach far beyond."""
-    beyond = AROUND * np.ptp(values)
-    if beyond > 0:
-        low, high = ax.get_ylim()
-        ax.set_ylim(max(low, values.min() - beyond), min(high, values.max() + beyond))
+def _end_near(ax: Axes, values: NDArray[np.float64], sign: float, around: float) -> None:
+    """Ends the axis `around` ranges beyond values (k,), at most, and before the terrible ones.
 
-
-def _leave_out_terrible(ax: Axes, values: NDArray[np.float64], sign: float) -> None:
-    """Ends the axis of values (k,) before the terrible ones, and says how many there are."""
+    Says how many of these there are.
+    """
     if not len(values):
         return
     best, middle = (sign * values).max(), np.median(sign * values)
-    terrible = sign * values < middle - FENCE * (best - middle)
-    if best == middle or not terrible.any():
-        return
+    terrible = (sign * values < middle - FENCE * (best - middle)) & (best > middle)
     kept = values[~terrible]
-    margin = 0.08 * np.ptp(kept)
-    low, high = ax.get_ylim()
-    ax.set_ylim(kept.min() - margin if sign > 0 else low, kept.max() + margin if sign < 0 else high)
-    height, side = (0.03, "bottom") if sign > 0 else (0.97, "top")  # where they would be
-    words = f"{terrible.sum()} worse, not shown"
-    ax.text(0.99, height, words, color=GREY, fontsize="small", ha="right", va=side,
-            transform=ax.transAxes)  # fmt: skip
+    ends = np.array([kept.min() - around * np.ptp(kept), kept.max() + around * np.ptp(kept)])
+    if np.ptp(ends) == 0:
+        return
+    low, high = ends.clip(*ax.get_ylim())
+    if terrible.any():
+        margin = MARGIN * np.ptp(kept)
+        low, high = (kept.min() - margin, high) if sign > 0 else (low, kept.max() + margin)
+        height, side = (0.03, "bottom") if sign > 0 else (0.97, "top")  # where they would be
+        words = f"{terrible.sum()} worse, not shown"
+        ax.text(0.99, height, words, color=GREY, fontsize="small", ha="right", va=side,
+                transform=ax.transAxes)  # fmt: skip
+    ax.set_ylim(low, high)
 
 
 def _optuna(name: str, study: Study, **options: Any) -> Any:
