@@ -268,7 +268,7 @@ def optimize(
     """Minimise a function of a dict of parameters.
 
     The function is imported and executed. Evaluations that raise, hang or return NaN are recorded
-    and stepped over; if none succeeds, the exit code is 1.
+    and stepped over; if none succeeds and meets the constraints, the exit code is 1.
 
     A table of the TOML file has low and high, perhaps log = true or step, or it has choices, a
     list. Whole numbers are integers, unless type = "float".
@@ -304,7 +304,7 @@ def optimize(
 def _check_outputs(table: Path | None, figure: Path | None) -> None:
     """Raises a ValueError for files that could not be written, before what they are to hold."""
     for path in (table, figure):
-        if path is not None and not path.parent.is_dir():
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"Expected a file in a folder that exists; got {path}.")
     if figure is not None:
         from pfn.plot import import_pyplot
@@ -316,7 +316,7 @@ def _check_outputs(table: Path | None, figure: Path | None) -> None:
 
 @contextmanager
 def _printing_to_stderr() -> Iterator[None]:
-    """All that this process and its children print, so that stdout holds JSON alone."""
+    """All that this process and its children print in Python, so that stdout holds JSON alone."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -2,7 +2,7 @@
 
 Scores of tuned models are not normal around their function. Hopeless settings share a floor, as a
 classifier that guesses does, and near the best there is little left to gain. Noise enters before
-the bend: it shrinks with the slope.
+the bend: it shrinks with the slope. `searched.py` bends objectives.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ CURVE = 1.0  # standard deviation of a normal law, of which the curve is the siz
 FLOOR = (-0.3, 0.8)  # mean and standard deviation, in units of `Bend.scale`
 SHARPNESS = (2.0, 50.0)  # log-uniform
 LEAK = (0.01, 0.3)  # log-uniform
+TINY = torch.finfo(torch.float64).tiny
 STEEPEST = 3.0  # log slope of a curve, where it goes on as a line
 
 
@@ -30,12 +31,12 @@ class Bend(NamedTuple):
     of z. A leak of 1 and a curve of 0 are the identity.
     """
 
-    center: Tensor  # (task,)
-    scale: Tensor  # (task,)
-    curve: Tensor  # (task,)
-    floor: Tensor  # (task,)
-    sharpness: Tensor  # (task,)
-    leak: Tensor  # (task,)
+    center: Tensor  # (task,) in the units of z
+    scale: Tensor  # (task,) positive, in the units of z
+    curve: Tensor  # (task,) 0 or more
+    floor: Tensor  # (task,) in units of scale around center
+    sharpness: Tensor  # (task,) positive, of the floor's corner
+    leak: Tensor  # (task,) slope below the floor, in (0, 1]
 
     @classmethod
     def identity(cls, like: Tensor) -> Bend:
@@ -47,7 +48,10 @@ class Bend(NamedTuple):
     def draw(
         cls, center: Tensor, scale: Tensor, share: float, *, generator: torch.Generator
     ) -> Bend:
-        """Random bends around `center` (task,), of which 1 - `share` are the identity."""
+        """Random bends around `center` (task,), in units of `scale` (task,), for a share of them.
+
+        The others are the identity, as are those of the share that get neither curve nor floor.
+        """
 
         def uniform() -> Tensor:
             return torch.rand(
@@ -69,13 +73,14 @@ class Bend(NamedTuple):
 
     def __call__(self, z: Tensor) -> Tensor:
         """y (..., task, point) of z."""
-        center, scale, curve, *_ = (value.unsqueeze(-1) for value in self)
-        bent, curve = self._floored(z), curve.clamp_min(1e-9)  # at 0, a line to 1e-9
-        exponent = -curve * bent
+        center, scale, curve, _, _, leak = (value.unsqueeze(-1) for value in self)
+        straight = self._floored(z)
+        exponent = -curve * straight
         size = torch.expm1(exponent.clamp_max(STEEPEST)) + (
             math.exp(STEEPEST) * (exponent - STEEPEST).clamp_min(0)
         )
-        return center + scale * -size / curve
+        curved = torch.where(curve > 0, -size / curve.clamp_min(TINY), straight)
+        return torch.where((curve > 0) | (leak < 1), center + scale * curved, z)
 
     def log_slope(self, z: Tensor) -> Tensor:
         """log dy/dz (..., task, point), at most 0 but for curves."""

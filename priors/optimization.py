@@ -21,8 +21,8 @@ def optimization() -> Mixture:
     Seven tasks in ten are Gaussian processes, rough or smooth, with warped inputs and irrelevant
     columns, as in HEBO+ (`priors.hebo_plus`); the others are infinitely wide networks with heavy
     tails and finite networks, which are not stationary. All have a concave trend of their own,
-    weak or strong, as y is for maximization, and seven in ten are bent: hopeless points share a
-    floor, or the best are nearly level (`priors.bends`). Noise ranges from next to none to as much
+    weak or strong, as y is for maximization, and most are bent: hopeless points share a floor,
+    or the best are nearly level (`priors.bends`). Noise ranges from next to none to as much
     as the signal. Points lie in spaces with integers and choices, half of those that networks are
     trained on where a search for the best went (`priors.Searched`).
 

@@ -46,10 +46,11 @@ class Searched:
             that is added to each function: a positive distribution. Objectives for maximization
             tend to have their best inside the space, not in its corners, which processes that are
             stationary or grow outwards do not know. Searches are then for the highest y.
-        bent: share of the functions, in [0, 1], whose values have a floor or flatten towards the
-            top, as scores of tuned models do (`priors.bends`).
+        bent: share of the functions, in [0, 1], whose values may have a floor or flatten towards
+            the top, as scores of tuned models do (`priors.bends`). Searches are then upwards, too.
 
-    `sample` draws exchangeable points of the same spaces, without a search. Latents are the base's.
+    `sample` draws exchangeable points of the same spaces, without a search. Latents are the base's,
+    but "noise", the variance around f, is that of typical points where a bend changes it.
 
     Example:
         >>> from priors import GaussianProcess
@@ -94,13 +95,13 @@ class Searched:
         process = self.base.draw_process(batch, d, generator=generator)
         space = draw_spaces(batch, d, generator=generator)
         trend = self._trend(batch, d, generator)
-        bend = self._bend(process, space, trend, generator)
+        bend, latents = self._bend(process, space, trend, generator)
         x = space.draw(n, generator=generator)
         factor = cholesky(process.covariance(x, x), process.jitter)
         f = (factor @ draw_normal(batch, n, 1, generator=generator)).squeeze(-1)
         f = process.mean.unsqueeze(-1) + trend(x) + f
         y = f + process.noise.sqrt().unsqueeze(-1) * draw_normal(batch, n, generator=generator)
-        return Tasks(x, bend(y), bend(f), process.latents)
+        return Tasks(x, bend(y), bend(f), latents)
 
     def sample_conditional(
         self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
@@ -114,26 +115,37 @@ class Searched:
         space = draw_spaces(batch, d, generator=generator)
         trend = self._trend(batch, d, generator)
         coin = torch.rand((), device=generator.device, generator=generator)
-        bend = self._bend(process, space, trend, generator)
+        bend, latents = self._bend(process, space, trend, generator)
         upwards = self.bowl is not None or self.bent > 0
         search = _Search(space, process, trend, bend, upwards, batch, generator)
         x, y, factor, z = search.run(n, ROUNDS if float(coin) < self.share else 0)
         x_query = search.queries(x, y, visible)
         tasks = conditional_given(process, x, x_query, factor, z, visible)
         return tasks._replace(
-            y=y, mean=tasks.mean + trend(x_query), bend=bend if self.bent else None
+            y=y,
+            mean=tasks.mean + trend(x_query),
+            latents=latents,
+            bend=bend if self.bent else None,
         )
 
     def _bend(
         self, process: Process, space: Columns, trend: Trend, generator: torch.Generator
-    ) -> Bend:
-        """The bends of a batch, in the units that functions have in their spaces a priori."""
+    ) -> tuple[Bend, dict[str, Tensor]]:
+        """The bends of a batch, in the units that functions have a priori, and its latents.
+
+        The latent noise is what is left of it where slopes are the geometric mean over the space.
+        """
         if not self.bent:
-            return Bend.identity(process.noise)
+            return Bend.identity(process.noise), process.latents
         x = space.draw(MOMENTS, generator=generator)
-        line = trend(x)
-        scale = (line.var(-1) + process.variance(x).mean(-1)).sqrt()
-        return Bend.draw(process.mean + line.mean(-1), scale, self.bent, generator=generator)
+        center, variance = process.mean.unsqueeze(-1) + trend(x), process.variance(x)
+        scale = (center.var(-1) + variance.mean(-1)).sqrt()
+        bend = Bend.draw(center.mean(-1), scale, self.bent, generator=generator)
+        f = center + variance.sqrt() * draw_normal(len(x), MOMENTS, generator=generator)
+        latents = dict(process.latents)
+        if "noise" in latents:
+            latents["noise"] = process.noise * (2 * bend.log_slope(f).mean(-1)).exp()
+        return bend, latents
 
     def _trend(self, batch: int, d: int, generator: torch.Generator) -> Trend:
         """The trends of a batch: 0, or bowls around centres of their own, steep in some columns."""

@@ -84,7 +84,10 @@ class Result:
         return trace(self.study)
 
     def summary(self) -> dict[str, Any]:
-        """The best, and how many evaluations ended how, as plain numbers for JSON."""
+        """The best, and how many evaluations ended how, as plain numbers for JSON.
+
+        Values that are not finite are None.
+        """
         trials = _evaluations(self.study)
         counts = Counter(trial.state.name.lower() for trial in trials)
         x: Any = self.x
@@ -92,9 +95,11 @@ class Result:
             x = x.tolist()
         elif isinstance(x, list):
             x = [point.tolist() if isinstance(point, np.ndarray) else point for point in x]
-        value = self.value.tolist() if isinstance(self.value, np.ndarray) else self.value
-        if isinstance(value, float) and not math.isfinite(value):
-            value = None
+        values = [
+            [v if math.isfinite(v) else None for v in np.ravel(row)]
+            for row in np.atleast_1d(self.value).tolist()
+        ]  # JSON knows no infinity
+        value: Any = values if isinstance(self.value, np.ndarray) else values[0][0]
         return {"x": x, "value": value, "evaluations": dict(counts), "study": self.study.study_name}
 
     def __str__(self) -> str:
@@ -239,8 +244,9 @@ def trace(study: Study) -> pd.DataFrame:
     except ImportError as error:
         raise ImportError("The trace is a data frame: pip install pandas.") from error
     sign = 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
-    rows, best = [], -math.inf
-    for trial in _evaluations(study):
+    rows, best, trials = [], -math.inf, _evaluations(study)
+    constrained = any(trial.constraints for trial in trials)
+    for trial in trials:
         row: dict[str, Any] = {"number": trial.number, "state": trial.state.name.lower()}
         values = trial.values or [math.nan] * len(study.directions)
         if len(study.directions) == 1:
@@ -249,8 +255,8 @@ def trace(study: Study) -> pd.DataFrame:
             row |= {"value": values[0], "best": sign * best if best > -math.inf else math.nan}
         else:
             row |= {f"value_{i}": value for i, value in enumerate(values)}
-        if trial.constraints:
-            row["feasible"] = is_feasible(trial)
+        if constrained:
+            row["feasible"] = is_feasible(trial) if trial.constraints else None
         seconds = trial.duration.total_seconds() if trial.duration else math.nan
         ends = {"seconds": seconds, "error": trial.user_attrs.get(ERROR)}
         taken = {*row, *ends}

@@ -45,9 +45,7 @@ def plot_result(study: Study) -> Figure:
         whole: Figure = axes.get_figure()
         return whole
     space = _space(study)
-    trials = counted(study.get_trials(deepcopy=False))
-    asked = list(trials[-1].params) if trials else []  # in the objective's order
-    shared = sorted((p.name for p in space.parameters), key=asked.index)
+    shared = _names(study, space)
     names = shared[:SLICES]
     if not names or _sampler_of_all(study, space) is None:
         figure, ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
@@ -135,7 +133,7 @@ def plot_slices(
             f"all columns; got {len(study.directions)} objective(s), {study.sampler} and "
             f"{space.dim} columns."
         )
-    names = [parameter.name for parameter in space.parameters] if names is None else names
+    names = _names(study, space) if names is None else names
     model, history = sampler.fit(study, space)
     objective = model.subset_output([0]) if history.Y.shape[1] > 1 else model
     acquisition = make_acquisition(
@@ -219,6 +217,8 @@ def _end_near(ax: Axes, values: NDArray[np.float64], sign: float, around: float)
     if np.ptp(ends) == 0:
         return
     low, high = ends.clip(*ax.get_ylim())
+    if not terrible.any() and (low, high) == ax.get_ylim():
+        return  # the axis stays free to grow
     if terrible.any():
         margin = MARGIN * np.ptp(kept)
         low, high = (kept.min() - margin, high) if sign > 0 else (low, kept.max() + margin)
@@ -243,6 +243,13 @@ def _sampler_of_all(study: Study, space: Space) -> PFNSampler | None:
         return None
     limit = sampler.max_columns
     return sampler if limit is None or space.dim <= limit else None
+
+
+def _names(study: Study, space: Space) -> list[str]:
+    """The space's parameters in the order in which trials asked for them."""
+    trials = counted(study.get_trials(deepcopy=False))
+    asked = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    return sorted((parameter.name for parameter in space.parameters), key=asked.index)
 
 
 def _space(study: Study) -> Space:

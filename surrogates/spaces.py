@@ -273,6 +273,10 @@ def _read_table(name: str, table: Any) -> BaseDistribution:
             raise ValueError(f"Expected [{name}] with choices alone; got {table}.")
         if not isinstance(table["choices"], list) or not table["choices"]:
             raise ValueError(f"Expected [{name}] with a list of choices; got {table['choices']!r}.")
+        if not all(isinstance(choice, bool | int | float | str) for choice in table["choices"]):
+            raise ValueError(
+                f"Expected [{name}] with numbers, texts and booleans; got {table['choices']}."
+            )
         return CategoricalDistribution(table["choices"])
     if not {"low", "high"} <= set(table) or kind not in (None, "float", "int"):
         raise ValueError(

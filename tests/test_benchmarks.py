@@ -217,3 +217,13 @@ def test_the_report_writes_tables_between_its_marks_and_nowhere_else(
     assert once.startswith("Before.\n") and once.endswith("\nAfter.\n")
     assert "| what | ms | ratio |\n| :-- | --: | --: |\n| a | 12.3 |  |\n| b | 1234 | 2 |" in once
     assert "`python x`, today, on one; torch 2." in once
+
+
+def test_runs_of_other_weights_do_not_count(benchmark_module, tmp_path: Path) -> None:
+    bo: ModuleType = benchmark_module("bo")
+    shipped = bo.weights("pfn")
+    rows = [{"method": "pfn", "weights": w} for w in (shipped, "other")] + [{"method": "pfn"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "pfn.jsonl").write_text(text + '{"method": "pf')  # killed in a line
+    (tmp_path / "gp.jsonl").write_text(json.dumps({"method": "gp"}) + "\n")
+    assert bo.read(tmp_path) == [{"method": "gp"}, rows[0]]

@@ -575,22 +575,25 @@ def test_the_loss_estimates_the_cross_entropy_without_bias() -> None:
 
 def test_lessons_are_bent_and_know_what_that_does_to_the_entropy() -> None:
     @dataclasses.dataclass(frozen=True)
-    class Halved(Known):
-        """A floor above all values, which leaks a half: a line of slope 1/2."""
+    class Curved(Known):
+        """y = 2 (1 - exp(-z / 2))."""
 
         def sample_conditional(
             self, batch: int, n: int, d: int, visible: Tensor, *, generator: torch.Generator
         ) -> ConditionalTasks:
             tasks = super().sample_conditional(batch, n, d, visible, generator=generator)
-            line = Bend.identity(tasks.noise)
-            far = torch.full_like(tasks.noise, 1e3)
-            return tasks._replace(bend=line._replace(floor=far, leak=0.5 * torch.ones_like(far)))
+            curve = torch.full_like(tasks.noise, 0.5)
+            return tasks._replace(bend=Bend.identity(tasks.noise)._replace(curve=curve))
 
     sizes = Sizes(20, 5, 0, 1, False)
-    plain, halved = (lesson_for(prior, CONFIG, sizes) for prior in (Known(), Halved()))
-    torch.testing.assert_close(halved.y_draws, 500 + 0.5 * plain.y_draws, rtol=1e-5, atol=0)
-    torch.testing.assert_close(halved.f_draws, 500 + 0.5 * plain.f_draws, rtol=1e-5, atol=0)
-    assert float(halved.entropy) == pytest.approx(float(plain.entropy) + math.log(0.5), abs=1e-5)
+    plain, curved = (lesson_for(prior, CONFIG, sizes) for prior in (Known(), Curved()))
+    for one, other in (
+        (plain.y_draws, curved.y_draws),
+        (plain.f_draws, curved.f_draws),
+    ):
+        torch.testing.assert_close(other, 2 * (1 - torch.exp(-one / 2)))
+    expected = float(plain.entropy - 0.5 * plain.y_draws.mean())  # the mean log slope
+    assert float(curved.entropy) == pytest.approx(expected, abs=1e-5)
 
 
 def test_conditionals_and_single_draws_give_the_same_expected_loss() -> None:

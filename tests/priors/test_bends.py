@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from priors.bends import FLOORED, LEAK, STEEPEST, Bend
+from priors.bends import CURVED, FLOORED, LEAK, STEEPEST, Bend
 
 Z = torch.linspace(-30, 10, 801, dtype=torch.float64)
 
@@ -30,6 +30,10 @@ def drawn(share: float = 1.0, tasks: int = 4000) -> Bend:
     return Bend.draw(center, 1 + center.abs(), share, generator=generator)
 
 
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 def of(bend: Bend, z: Tensor = Z) -> Tensor:
     return bend(z.unsqueeze(0)).squeeze(0)
 
@@ -37,7 +41,7 @@ def of(bend: Bend, z: Tensor = Z) -> Tensor:
 def test_no_bend_is_the_identity() -> None:
     tasks = torch.ones(3, dtype=torch.float64)
     none = Bend.identity(tasks)
-    torch.testing.assert_close(none(Z.expand(3, -1)), Z.expand(3, -1))
+    assert torch.equal(none(1e6 * Z.expand(3, -1)), 1e6 * Z.expand(3, -1))
     assert bool((none.log_slope(Z.expand(3, -1)).abs() < 1e-6).all())
 
 
@@ -65,17 +69,15 @@ def test_floors_are_soft_and_leak() -> None:
 
 def test_slopes_are_derivatives_and_bends_increase() -> None:
     every = drawn(tasks=300)
-    z = (
-        every.center.unsqueeze(-1) + 4 * torch.randn(300, 50, dtype=torch.float64)
-    ).requires_grad_()
+    z = (every.center.unsqueeze(-1) + 4 * normal(300, 50)).requires_grad_()
     (slope,) = torch.autograd.grad(every(z).sum(), z)
-    torch.testing.assert_close(every.log_slope(z.detach()), slope.log(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(every.log_slope(z.detach()), slope.log(), rtol=1e-6, atol=1e-5)
     assert bool((every(z.detach().sort(1).values).diff(dim=1) >= 0).all())
 
 
 def test_bends_keep_the_units_of_what_they_bend() -> None:
     one = drawn(tasks=50)
-    z = torch.randn(50, 20, dtype=torch.float64)
+    z = normal(50, 20)
     other = one._replace(center=3 * one.center + 1, scale=3 * one.scale)
     torch.testing.assert_close(other(3 * z + 1), 3 * one(z) + 1)
 
@@ -83,11 +85,10 @@ def test_bends_keep_the_units_of_what_they_bend() -> None:
 def test_the_share_is_bent_and_the_rest_is_not() -> None:
     some = drawn(0.4)
     bent = (some.curve > 0) | (some.leak < 1)
-    either = 0.4 * (1 - (1 - 0.7) * (1 - FLOORED))
+    either = 0.4 * (1 - (1 - CURVED) * (1 - FLOORED))
     assert float(bent.double().mean()) == pytest.approx(either, abs=4 * 0.5 / math.sqrt(4000))
-    z = torch.randn(4000, 5, dtype=torch.float64)
-    torch.testing.assert_close(some(z)[~bent], z[~bent])
-    changed = ~torch.isclose(some(z), z).all(1)  # a floor below all z changes little
-    assert float(changed[bent].double().mean()) > 0.9
+    z = some.center.unsqueeze(-1) + some.scale.unsqueeze(-1) * normal(4000, 5)
+    assert torch.equal(some(z)[~bent], z[~bent])
+    assert bool((some(z)[bent] != z[bent]).any(1).all())
     floored = some.leak < 1
     assert LEAK[0] <= float(some.leak.min()) and float(some.leak[floored].max()) <= LEAK[1]

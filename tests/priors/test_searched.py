@@ -156,7 +156,7 @@ def test_bends_come_after_noise_and_leave_the_conditional_alone(
 ) -> None:
     one = torch.ones(6, dtype=torch.float64)
     curved = Bend(0.7 * one, 2 * one, 0.4 * one, one, one, one)  # y = 0.7 + 5 (1 - exp(-0.4 t))
-    monkeypatch.setattr(Searched, "_bend", lambda *_: curved)
+    monkeypatch.setattr(Searched, "_bend", lambda *_: (curved, {}))
     prior = Searched(FIXED, share=1.0, bent=1.0)
     tasks = prior.sample_conditional(6, 24, 2, torch.tensor([9, 24]), generator=generator())
     latent = 0.7 - 5 * torch.log1p(-(tasks.y - 0.7) / 5)
@@ -172,18 +172,32 @@ def test_bends_come_after_noise_and_leave_the_conditional_alone(
     assert float((y - f).var()) == pytest.approx(0.02, rel=4 * math.sqrt(2 / 12000))
 
 
-def test_bends_know_where_functions_lie_and_how_much_they_vary() -> None:
+def test_bends_know_where_functions_lie_and_how_much_they_vary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("priors.searched.MOMENTS", 20_000)
     prior = Searched(FIXED, bowl=LogNormal(math.log(2.0), 1e-6), bent=1.0)
-    process = FIXED.draw_process(300, 3, generator=generator())
-    space = draw_spaces(300, 3, generator=generator())
-    trend = prior._trend(300, 3, generator())
-    bend = prior._bend(process, space, trend, generator(1))
-    x = space.draw(400, generator=generator(2))
-    line = trend(x)
-    expected = (1.5 + line.var(1)).sqrt()
-    error = expected / math.sqrt(60)  # of 64 points, with heavy tails to spare
-    assert bool(((bend.center - 0.7 - line.mean(1)).abs() < 5 * error).all())
-    assert bool(((bend.scale / expected).log().abs() < 5 * math.sqrt(1 / 60)).all())
+    process = FIXED.draw_process(20, 3, generator=generator())
+    space = draw_spaces(20, 3, generator=generator())
+    trend = prior._trend(20, 3, generator())
+    bend, latents = prior._bend(process, space, trend, generator(1))
+    line = 0.7 + trend(space.draw(20_000, generator=generator(2)))
+    spread = (1.5 + line.var(1)).sqrt()
+    assert bool(((bend.center - line.mean(1)).abs() < 5 * spread * math.sqrt(2 / 20_000)).all())
+    torch.testing.assert_close(bend.scale, spread, rtol=0.05, atol=0)
+    assert latents == process.latents  # FIXED's noise is none of them
+
+
+def test_noise_is_what_a_bend_leaves_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halve(center: Tensor, *_: object, **__: object) -> Bend:
+        line, far = Bend.identity(center), torch.full_like(center, 1e3)
+        return line._replace(floor=far, leak=0.5 * torch.ones_like(far))  # a line of slope 1/2
+
+    monkeypatch.setattr(Bend, "draw", halve)
+    base = GaussianProcess(noise=LogNormal(-2.0, 1.0))
+    drawn = Searched(base, bent=1.0).sample(2000, 50, 2, generator=generator())
+    ratio = (drawn.y - drawn.f).square().mean(1) / drawn.latents["noise"]
+    assert float(ratio.mean()) == pytest.approx(1.0, abs=4 * math.sqrt(2 / 50 / 2000))
 
 
 def test_what_cannot_be_searched_is_refused() -> None:

@@ -17,6 +17,7 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from pfn.plot import import_pyplot
 from surrogates.optimize import (
     RETRY,
     load_objective,
@@ -27,7 +28,7 @@ from surrogates.optimize import (
     spent,
     trace,
 )
-from surrogates.plots import plot_best, plot_parallel, plot_slices
+from surrogates.plots import _end_near, plot_best, plot_parallel, plot_slices
 from surrogates.sampler import LOST, PFNSampler, counted, stamp, write_attribute
 
 ROOT = Path(__file__).parents[2]
@@ -550,6 +551,23 @@ def test_infinite_values_are_null_in_json():
     result = minimize(lambda x: math.inf, BOX, budget=2, surrogate="sobol")
     assert result.value == math.inf
     assert json.loads(json.dumps(result.summary(), allow_nan=False))["value"] is None
+    two = minimize(lambda x: (x[0], math.inf), BOX, budget=2, surrogate="sobol", objectives=2)
+    values = json.loads(json.dumps(two.summary(), allow_nan=False))["value"]
+    assert all(value[0] is not None and value[1] is None for value in values)
+
+
+def test_a_parameter_may_be_called_feasible():
+    space = {"feasible": FloatDistribution(0, 1)}
+
+    def f(params):
+        if params["feasible"] > 0.6:
+            raise ValueError("no")
+        return params["feasible"], {"c": -1.0}
+
+    table = minimize(f, space, budget=6, surrogate="sobol").trace
+    failed = table["state"] == "fail"
+    assert 0 < failed.sum() < 6 and table["feasible"][failed].isna().all()
+    assert (table["params_feasible"][failed] > 0.6).all()
 
 
 def test_infeasible_evaluations_are_circles_and_no_best():
@@ -569,9 +587,24 @@ def test_plots_show_the_first_parameters_and_say_how_many_there_are():
     bottom = result.plot().subfigs[1]
     assert [ax.get_xlabel() for ax in bottom.axes if ax.get_xlabel()] == list("edcb")
     assert bottom.get_suptitle().startswith("4 of 5")
-    values = result.trace["value"]
-    low, high = bottom.axes[0].get_ylim()
-    assert high - low < 2.1 * (values.max() - values.min())
+
+
+def test_an_interrupted_study_has_a_plot():
+    result = minimize(bowl, BOX, budget=6, surrogate="gp", **QUICK)
+    result.study.enqueue_trial({"x0": 0.5, "x1": 0.5})  # as what Ctrl-C stopped
+    assert len(result.plot().subfigs) == 2
+
+
+def test_the_value_axis_ends_near_the_values_and_is_free_otherwise():
+    ax = import_pyplot().subplots()[1]
+    ax.plot([0, 1], [-50, 50])  # as an interval that reaches far
+    _end_near(ax, np.array([0.0, 1.0, 2.0]), 1.0, 0.5)
+    assert ax.get_ylim() == (-1.0, 3.0)
+    ax = import_pyplot().subplots()[1]
+    ax.plot([0, 1], [0, 2])
+    _end_near(ax, np.array([0.0, 1.0, 2.0]), 1.0, 0.5)
+    ax.plot([0, 1], [10, 12])
+    assert ax.get_ylim()[1] > 12
 
 
 def test_objectives_are_found_or_refused(tmp_path, monkeypatch):

@@ -127,6 +127,7 @@ def test_space_file(tmp_path: Path):
         "[lr",
         '[k]\nchoices = "adam"',
         "[k]\nchoices = []",
+        "[k]\nchoices = [2020-01-01, 2021-01-01]",
         "[k]\nlow = 1\nhigh = 9\nlog = 1",
         '[k]\ntype = "int"\nlow = 1\nhigh = 2.5',
     ],
