@@ -162,6 +162,53 @@ def pest_control() -> Problem:
     return Problem(space, function)
 
 
+LANDINGS = 10
+COAST, LEFT, DOWN, RIGHT = range(4)  # engines that fire
+
+
+def lander() -> Problem:
+    """Minus the mean reward of a controller of Lunar Lander, over the same landings each time.
+
+    Of its twelve constants the game's own values solve it; here each is in [0, 2]. Needs
+    `pip install "gymnasium[box2d]"`.
+
+    Reference: Eriksson, Pearce, Gardner, Turner and Poloczek, Scalable Global Optimization via
+    Local Bayesian Optimization, NeurIPS 2019, section 3.3, with 50 landings; Gymnasium's
+    `lunar_lander.heuristic`.
+    """
+    import gymnasium
+
+    game = gymnasium.make("LunarLander-v3")
+
+    def function(point: Point) -> float:
+        constants, total = vector(point), 0.0
+        for seed in range(LANDINGS):
+            state, _ = game.reset(seed=seed)
+            over = False
+            while not over:
+                state, reward, crashed, late, _ = game.step(fire(state, constants))
+                total += float(reward)
+                over = crashed or late
+        return -total / LANDINGS
+
+    return Problem(box(12, 0.0, 2.0), function)
+
+
+def fire(state: NDArray[np.float32], c: NDArray[np.float64]) -> int:
+    """The engine for a state: place, speed, angle, its speed, and whether each leg stands."""
+    x, y, speed_x, speed_y, angle, turning, *legs = state
+    tilt = np.clip(c[0] * x + c[1] * speed_x, -c[2], c[2])  # towards the middle
+    turn = c[4] * (tilt - angle) - c[5] * turning
+    rise = c[6] * (c[3] * abs(x) - y) - c[7] * speed_y
+    if any(legs):
+        turn, rise = c[8], -c[9] * speed_y
+    if rise > max(abs(turn), c[10]):
+        return DOWN
+    if abs(turn) > c[11]:
+        return RIGHT if turn < 0 else LEFT
+    return COAST
+
+
 def ordinal() -> Problem:
     """Ackley's function on a grid: three of six inputs take 11 values, two are choices of three."""
     ackley = Ackley(dim=6)
@@ -303,6 +350,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "network draw, 200-d": lambda: network_draw(200),
     "noisy Hartmann-3": noisy,
     "nonstationary": nonstationary,
+    "Lunar Lander": lander,
     "pest control": pest_control,
     "ordinal Ackley": ordinal,
     "Hartmann-6 of 50": embedded,

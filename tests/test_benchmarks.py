@@ -169,6 +169,23 @@ def test_the_hypervolume_is_botorchs(benchmark_module) -> None:
     assert objectives.hypervolume(values.numpy(), (-1.0, -1.0)) == 0
 
 
+def test_the_lander_brakes_and_turns_as_its_constants_say(benchmark_module) -> None:
+    objectives: ModuleType = benchmark_module("objectives")
+    known = np.array([0.5, 1.0, 0.4, 0.55, 0.5, 1.0, 0.5, 0.5, 0.0, 0.5, 0.05, 0.05])
+
+    def fire(x=0.0, y=0.0, speed_x=0.0, speed_y=0.0, angle=0.0, turning=0.0, leg=0.0) -> int:
+        state = np.array([x, y, speed_x, speed_y, angle, turning, leg, 0.0], np.float32)
+        engine: int = objectives.fire(state, known)
+        return engine
+
+    assert fire(speed_y=-0.2) == objectives.DOWN  # rise = 0.5 * 0.2 > 0.05
+    assert fire(speed_y=-0.09) == objectives.COAST
+    assert fire(speed_y=-0.2, angle=0.5) == objectives.RIGHT  # turn = -0.25 outweighs rise
+    assert fire(x=0.5) == objectives.DOWN  # rise = 0.5 * 0.55 * 0.5, turn = 0.5 * 0.25
+    assert fire(x=0.5, y=1.0) == objectives.LEFT
+    assert fire(x=0.5, y=1.0, leg=1.0) == objectives.COAST  # it stands
+
+
 def test_noisy_losses_are_true_values_where_the_least_was_seen(benchmark_module) -> None:
     bo: ModuleType = benchmark_module("bo")
     problem = benchmark_module("objectives").noisy()
