@@ -1,7 +1,8 @@
 """Where to look next: a surrogate's acquisition, maximised over the valid points of a space.
 
-One objective: the logarithm of the expected improvement, of the predictive itself where the
-posterior offers it, else of its mean and variance; constraints multiply it by the probability that
+One objective: the logarithm of the expected improvement, of the mean and variance of a posterior,
+or of the network's own predictive, whose tails are heavy: there a limit keeps gains that are great
+and improbable from leading the search into corners. Constraints multiply it by the probability that
 they hold. Several objectives: the logarithm of the expected hypervolume improvement, of the same
 predictives. Points without an answer yet are fantasised. Everything is maximised, and a constraint
 holds at values <= 0, as in Optuna. `sampler.py` calls `suggest` once per trial.
@@ -45,6 +46,7 @@ EVALUATIONS = 20  # of the acquisition and its gradient, in a round
 ROUNDS = 2  # of gradients and neighbours in turn
 CHUNK = 2048  # candidates in a batch
 LEAST_VARIANCE = 1e-18  # of a normal predictive
+GAIN = 0.3  # standard deviations of an objective's values: what a step may gain, at most
 SAME = 1e-6  # points nearer than this, in every column, are one point
 
 
@@ -127,6 +129,7 @@ def make_acquisition(
         models = [_fantasize(part, pending, seed + i) for i, part in enumerate(models)]
     objective, limits = models[0], models[1:]
     seen = X if pending is None else torch.cat([X, pending])
+    most = GAIN * Y[:, 0].std() if isinstance(objective, PriorFitted) and len(Y) > 1 else None
     with torch.no_grad():
         means = torch.stack([_moments(part, seen)[0] for part in models], -1)  # (n, ..., m)
     feasible = _are_feasible(Y, means, constraints)
@@ -136,7 +139,7 @@ def make_acquisition(
     def value(points: Tensor) -> Tensor:
         total = torch.zeros(len(points), *best.shape, dtype=points.dtype)
         if some_feasible:
-            total = total + _log_improvement(objective, points, best)
+            total = total + _log_improvement(objective, points, best, most)
         for limit in limits:
             total = total + _log_feasibility(limit, points)
         return total.logsumexp(-1) - math.log(total.shape[-1]) if best.dim() else total
@@ -238,13 +241,17 @@ def _fantasize(model: Model, pending: Tensor, seed: int) -> Model:
     return fantasies
 
 
-def _log_improvement(model: Model, X: Tensor, best: Tensor) -> Tensor:
-    """log E[max(f - best, 0)] at X (n, dim), (n, ...) for `best` (...).
+def _log_improvement(model: Model, X: Tensor, best: Tensor, most: Tensor | None = None) -> Tensor:
+    """log E[min(max(f - best, 0), most)] at X (n, dim), (n, ...) for `best` (...).
 
     `best` is one for each fantasy, or any number of thresholds for a model without fantasies.
     """
     predictive = predictives(model, X)
-    return predictive.log_expected_improvement(best.unsqueeze(-1)).movedim(-1, 0)
+    value = predictive.log_expected_improvement(best.unsqueeze(-1)).movedim(-1, 0)
+    if most is None or most <= 0:
+        return value
+    beyond = predictive.log_expected_improvement((best + most).unsqueeze(-1)).movedim(-1, 0)
+    return value + torch.log1p(-(beyond - value).exp().clamp_max(1 - 1e-9))
 
 
 def _log_feasibility(model: Model, X: Tensor) -> Tensor:
