@@ -15,6 +15,7 @@ from torch.distributions import Normal
 
 import surrogates
 from surrogates.acquisition import (
+    GAIN,
     _moments,
     _reference_point,
     incumbents,
@@ -61,6 +62,20 @@ def test_without_constraints_it_is_botorchs_log_expected_improvement():
     expected = LogExpectedImprovement(model, best)(points.unsqueeze(-2))
     value = make_acquisition(model, X, Y)(points)
     assert torch.allclose(value, expected, atol=1e-6)  # float64, another batch shape
+
+
+def test_the_gain_of_a_network_is_limited_and_agrees_with_monte_carlo(untrained):
+    X, Y = data(bowl)
+    model = surrogates.fit("pfn", X, Y, model=untrained)
+    best = model.posterior(X).mean.max()
+    points = CUBE.sobol(8, seed=1)
+    g = torch.Generator().manual_seed(0)
+    draws = model.posterior(points).marginals.sample((20_000,), generator=g)
+    gain = (draws - best).clamp_min(0.0).clamp_max(GAIN * Y.std())
+    value = make_acquisition(model, X, Y)(points).detach().exp()
+    error = gain.std(0) / math.sqrt(len(gain))
+    assert bool(((value - gain.mean(0)).abs() < 5 * error).all())
+    assert bool((gain.amax(0) == GAIN * Y.std()).any())  # else the limit was not tried
 
 
 def test_a_constraint_adds_the_logarithm_of_its_probability():
