@@ -71,11 +71,13 @@ def test_the_gain_of_a_network_is_limited_and_agrees_with_monte_carlo(untrained)
     points = CUBE.sobol(8, seed=1)
     g = torch.Generator().manual_seed(0)
     draws = model.posterior(points).marginals.sample((20_000,), generator=g)
-    gain = (draws - best).clamp_min(0.0).clamp_max(GAIN * Y.std())
+    most = GAIN * Y.std()
+    gain = (draws - best).clamp_min(0.0).clamp_max(most)
     value = make_acquisition(model, X, Y)(points).detach().exp()
     error = gain.std(0) / math.sqrt(len(gain))
-    assert bool(((value - gain.mean(0)).abs() < 5 * error).all())
-    assert bool((gain.amax(0) == GAIN * Y.std()).any())  # else the limit was not tried
+    unseen = most * 15 / len(gain)  # what no draw shows, but for 3 times in 10 million
+    assert bool(((value - gain.mean(0)).abs() < 5 * error + unseen).all())
+    assert bool((gain.amax(0) == most).any())  # else the limit was not tried
 
 
 def test_a_constraint_adds_the_logarithm_of_its_probability():
