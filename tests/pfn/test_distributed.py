@@ -75,4 +75,5 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path) -> None:
     first, second = (torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, value in alone.state_dict().items():
         assert torch.equal(first[name], second[name])  # the processes never drift apart
-        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
+        # half a step of lr = 2e-3 at most, where a gradient near 0 gets another sign by rounding
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-3)
