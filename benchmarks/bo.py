@@ -11,7 +11,6 @@ is missed counts. Our samplers begin with as many points as `surrogates.minimize
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import warnings
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from objectives import PROBLEMS, REAL, Problem, hypervolume
 
 import surrogates
+from pfn.card import read_card
 from pfn.library import find
 from pfn.plot import BLUE, GREY, INK, import_pyplot, quiet
 from surrogates.optimize import STARTUP_TRIALS
@@ -135,11 +135,8 @@ def read(runs: Path) -> list[dict[str, Any]]:
 
 @cache
 def weights(method: str) -> str | None:
-    """The first digits of SHA-256 of the shipped network, which only `pfn` has."""
-    if method != "pfn":
-        return None
-    file = find(MODEL) / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:FINGERPRINT]
+    """The first digits of the SHA-256 of the shipped weights, which only `pfn` has."""
+    return read_card(find(MODEL)).weights_sha256[:FINGERPRINT] if method == "pfn" else None
 
 
 def one(method: str, name: str, seed: int) -> dict[str, Any]:
@@ -162,13 +159,14 @@ def one(method: str, name: str, seed: int) -> dict[str, Any]:
         values.append(value)
         true.append(problem.true(trial.params) if problem.true else value)
     losses = losses_after_each(problem, np.array(values), np.array(true))
-    return {
+    kept = {
         "method": method,
         "problem": name,
         "seed": seed,
         "losses": [float(f"{loss:.{DIGITS}g}") for loss in losses],
         "seconds per step": round(float(np.mean(seconds[5:])), 5),
-    } | ({"weights": of} if (of := weights(method)) else {})
+    }
+    return kept | {"weights": weights(method)} if method == "pfn" else kept
 
 
 def losses_after_each(

@@ -173,7 +173,7 @@ def lander() -> Problem:
     `pip install "gymnasium[box2d]"`.
 
     Reference: Eriksson, Pearce, Gardner, Turner and Poloczek, Scalable Global Optimization via
-    Local Bayesian Optimization, NeurIPS 2019, section 3.3, with 50 landings; Gymnasium's
+    Local Bayesian Optimization, NeurIPS 2019, with 50 landings; Gymnasium's
     `lunar_lander.heuristic`.
     """
     import gymnasium

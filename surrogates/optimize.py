@@ -95,11 +95,7 @@ class Result:
             x = x.tolist()
         elif isinstance(x, list):
             x = [point.tolist() if isinstance(point, np.ndarray) else point for point in x]
-        values = [
-            [v if math.isfinite(v) else None for v in np.ravel(row)]
-            for row in np.atleast_1d(self.value).tolist()
-        ]  # JSON knows no infinity
-        value: Any = values if isinstance(self.value, np.ndarray) else values[0][0]
+        value = _finite_or_none(np.asarray(self.value).tolist())
         return {"x": x, "value": value, "evaluations": dict(counts), "study": self.study.study_name}
 
     def __str__(self) -> str:
@@ -263,6 +259,13 @@ def trace(study: Study) -> pd.DataFrame:
         row |= {f"params_{k}" if k in taken else k: value for k, value in trial.params.items()}
         rows.append(row | ends)
     return pd.DataFrame(rows)
+
+
+def _finite_or_none(value: Any) -> Any:
+    """A number or nested lists of numbers, with None for what JSON cannot say."""
+    if isinstance(value, list):
+        return [_finite_or_none(part) for part in value]
+    return value if math.isfinite(value) else None
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
