@@ -20,7 +20,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from pfn.transformer import Latent, Transformer, TransformerConfig
+from pfn.network import Network, build
+from pfn.transformer import Latent, TransformerConfig
 
 FORMAT = 2
 
@@ -57,7 +58,7 @@ class ModelCard:
         return 0, self.max_context
 
 
-def save_checkpoint(folder: Path, model: Transformer, card: ModelCard) -> ModelCard:
+def save_checkpoint(folder: Path, model: Network, card: ModelCard) -> ModelCard:
     """Writes fp16 weights and card, each atomically; returns the card with the weights' digest."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -77,7 +78,7 @@ def write_card(folder: Path, card: ModelCard) -> ModelCard:
 
 def load_checkpoint(
     folder: Path, device: str | torch.device | None = None
-) -> tuple[Transformer, ModelCard]:
+) -> tuple[Network, ModelCard]:
     """Returns the network, in float32 and evaluation mode, and its card.
 
     Raises:
@@ -96,7 +97,7 @@ def load_checkpoint(
         )
     try:
         weights = safetensors.torch.load(blob)
-        model = Transformer(card.architecture)
+        model = build(card.architecture)
         model.load_state_dict({name: value.float() for name, value in weights.items()})
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(

@@ -6,14 +6,16 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve others
 
+import functools
 import importlib
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -299,6 +301,64 @@ def optimize(
         sys.exit(130)
     if result.x is None or len(result.x) == 0:
         sys.exit(1)
+
+
+@app.command()
+def extrapolate(
+    curve: Annotated[Path, typer.Argument(help="CSV file, or TensorBoard log.")],
+    horizon: Annotated[float, typer.Option(help="Planned number of steps.")],
+    metric: Annotated[str | None, typer.Option(help="Column or scalar; the only one else.")] = None,
+    mode: Annotated[str, typer.Option(help="max where higher is better, or min.")] = "max",
+    low: Annotated[float | None, typer.Option(help="Lower bound of the metric.")] = None,
+    high: Annotated[float | None, typer.Option(help="Upper bound of the metric.")] = None,
+    best: Annotated[float | None, typer.Option(help="Value to beat, of earlier runs.")] = None,
+    confidence: Annotated[float, typer.Option(help="Of a run that is stopped.")] = 0.95,
+    min_delta: Annotated[float, typer.Option(help="What counts as beating.")] = 0.0,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Decide at each new value, until a stop or the end.")
+    ] = False,
+    every: Annotated[float, typer.Option(help="Seconds between looks, with --watch.")] = 5.0,
+    plot: Annotated[Path | None, typer.Option(help="Figure to write, such as out.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The rest of a learning curve, and whether it is worth waiting for.
+
+    A table has a column of values and maybe one of steps, named step, epoch, iteration or n.
+    Without bounds a metric within [0, 1] that is maximised is taken to be bounded by these, and one
+    that is minimised and never negative by 0.
+    """
+    _check_outputs(None, plot)
+    files = importlib.import_module("surrogates.curve_files")
+
+    def show(answer: dict[str, Any]) -> None:
+        if as_json:
+            typer.echo(json.dumps(answer, indent=None if watch else 1))
+            return
+        if not watch:
+            rows = list(zip(*(answer[key] for key in ("steps", "q05", "q50", "q95")), strict=True))
+            stride = max(1, math.ceil(len(rows) / SHOWN))
+            shown = rows[::-1][::stride][::-1]  # the last one among them
+            _print_table(
+                ["step", "5 %", "median", "95 %"], [[f"{v:.6g}" for v in row] for row in shown]
+            )
+        typer.echo(("Stop. " if answer["stop"] else "Go on. ") + answer["reason"])
+
+    ask = functools.partial(
+        files.extrapolate_command,
+        curve,
+        horizon=horizon,
+        metric=metric,
+        mode=mode,
+        bounds=None if low is None and high is None else (low, high),
+        best=best,
+        confidence=confidence,
+        min_delta=min_delta,
+        plot=plot,
+    )
+    if watch:
+        files.watch(ask, every=every, say=show)
+    else:
+        show(ask())
 
 
 def _check_outputs(table: Path | None, figure: Path | None) -> None:

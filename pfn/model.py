@@ -21,8 +21,9 @@ from torch.distributions import Categorical, Distribution, LogNormal, MixtureSam
 
 from pfn.card import ModelCard
 from pfn.data import Context, check_context, check_query
+from pfn.network import Network
 from pfn.predictive import Predictive
-from pfn.transformer import Encoded, Final, Latent, Mixture, Scaling, Seen, Transformer
+from pfn.transformer import Latent, Mixture, Scaling, Seen
 from pfn.units import FromContext, Units, context_units, prior_units
 from priors import Prior
 from priors.context import check_finite, order_columns, to_tensor
@@ -61,7 +62,7 @@ class Buffer(NamedTuple):
 class PFN:
     """A prior-fitted network: a checkpoint's weights, its card and, where known, its prior."""
 
-    def __init__(self, transformer: Transformer, card: ModelCard, prior: Prior | None = None):
+    def __init__(self, transformer: Network, card: ModelCard, prior: Prior | None = None):
         self.transformer = transformer
         self.card = card
         self.prior = prior
@@ -266,9 +267,7 @@ class PFN:
 class Fitted:
     """A PFN with an encoded context: the posterior over functions given the data."""
 
-    def __init__(
-        self, pfn: PFN, ready: Ready, encoded: Encoded, added: Buffer | None = None
-    ) -> None:
+    def __init__(self, pfn: PFN, ready: Ready, encoded: Any, added: Buffer | None = None) -> None:
         self.pfn = pfn
         self.context = ready.context
         self.units = ready.units
@@ -373,6 +372,8 @@ class Fitted:
             batched. In float64.
         """
         transformer, config = self.pfn.transformer, self.pfn.card.architecture
+        if not config.latents:
+            return {}
         d = self.context.x.shape[-1]
         nothing = self._ready.x[:, :0]
         with torch.no_grad():
@@ -428,7 +429,7 @@ def _chunk(y: Tensor) -> int:
 
 
 def _decode(
-    transformer: Transformer, encoded: Encoded, x_query: Tensor, chunk: int, latent: bool
+    transformer: Network, encoded: Any, x_query: Tensor, chunk: int, latent: bool
 ) -> Mixture:
     parts = [
         _mixture(transformer, transformer.decode(encoded, part), latent)
@@ -437,7 +438,7 @@ def _decode(
     return Mixture(*_joined(parts, 1))
 
 
-def _mixture(transformer: Transformer, final: Final, latent: bool) -> Mixture:
+def _mixture(transformer: Network, final: Any, latent: bool) -> Mixture:
     return transformer.mixture_f(final) if latent else transformer.mixture_y(final)
 
 

@@ -19,8 +19,9 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from pfn.mixture import mixture_log_prob
+from pfn.network import Network
 from pfn.pretrain import PretrainConfig, Progress, Sizes, choose_device, plan
-from pfn.transformer import Transformer, TransformerConfig
+from pfn.transformer import TransformerConfig
 from priors import Prior, ReferencePrior
 
 WINDOW = 200  # steps behind the rates and the loss
@@ -76,7 +77,7 @@ class Monitor:
             self.printed = now
             self.console.print(f"{100 * progress.fraction:.0f} %  {self.line()}", soft_wrap=True)
 
-    def probe(self, model: Transformer, progress: Progress) -> None:
+    def probe(self, model: Network, progress: Progress) -> None:
         """Measures the gap of the averaged weights."""
         if self.held_out is not None:
             self.gap = gap(model, self.held_out)
@@ -108,7 +109,7 @@ class Monitor:
             "flop_utilisation": flops / seconds / self.peak,
         }
 
-    def summary(self, model: Transformer) -> dict[str, Any]:
+    def summary(self, model: Network) -> dict[str, Any]:
         """Figures for the card; empty where a finished run is only written again."""
         if not self.recent:
             return {}
@@ -148,7 +149,7 @@ def held_out(prior: Prior, config: PretrainConfig, tasks: int = 8) -> Answered |
 
 
 @torch.no_grad()
-def gap(model: Transformer, answered: Answered) -> float:
+def gap(model: Network, answered: Answered) -> float:
     """Mean of log p_reference(y) - log q(y), in nats per query."""
     parameter = next(model.parameters())
     x, y, x_query, y_query, log_prob = (part.to(parameter) for part in answered)
@@ -166,10 +167,21 @@ def training_flops(network: TransformerConfig, sizes: Sizes, queries: int) -> fl
     backward pass costs two forward passes; refinements have none. What is left out, as is usual:
     norms, softmax, padding, kernels, small layers, the loss, the optimiser.
     """
+    if network.causal:
+        return 3 * causal_products(network, sizes, queries)
     refined = 2 * network.count_refinements(sizes.context) * _solve(sizes)
     inverse = 2 * _solve(sizes) + 4 * sizes.context**3  # its gradient takes two products
     experts = network.components * sizes.batch * (refined + inverse)
     return experts + 3 * forward_products(network, sizes, queries)
+
+
+def causal_products(network: TransformerConfig, sizes: Sizes, queries: int) -> float:
+    """Operations of a forward pass of a causal network, which has no experts."""
+    w, stored = network.width, 1 + sizes.context + sizes.buffer
+    tokens = sizes.context + sizes.buffer + queries
+    per_layer = tokens * (4 + 2 * network.expansion) * w * w + tokens * stored * 2 * w
+    ends = queries * 6 * network.components * w + 70 * tokens * w
+    return 2 * sizes.batch * (network.layers * per_layer + ends)
 
 
 def forward_products(network: TransformerConfig, sizes: Sizes, queries: int) -> float:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from pfn.library import load
 from pfn.mixture import mixture_log_prob
+from pfn.network import Network, build
 from pfn.optim import Optimizer
-from pfn.transformer import Final, Latent, Mixture, Transformer, TransformerConfig
+from pfn.transformer import Final, Latent, Mixture, TransformerConfig
 from pfn.units import FromContext, Units, context_units, prior_units
 from priors import ConditionalPrior, Prior
 
@@ -52,6 +53,9 @@ class PretrainConfig:
         queries: query points per task.
         tokens: context and query points per step, over all micro-batches.
         micro_batches: parts of a step, each with its own sizes; shared among processes.
+        causal: whether the rows of a task are in order, as of curves, and the network is one that
+            reads them so (`causal.py`): each query then is a row that sees a random part of those
+            before it.
         buffer_share: share of micro-batches that split the context into context and buffer.
         max_buffer: points in such a buffer, at most.
         standardized_share: share of micro-batches in the units of their own contexts, as users'
@@ -91,6 +95,7 @@ class PretrainConfig:
     queries: int = 24
     tokens: int = 2048
     micro_batches: int = 2
+    causal: bool = False
     buffer_share: float = 0.25
     max_buffer: int = 128
     standardized_share: float = 0.6
@@ -156,8 +161,8 @@ def pretrain(
     *,
     device: str | torch.device | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
-    probe: Callable[[Transformer, Progress], None] = lambda model, progress: None,
-) -> Transformer:
+    probe: Callable[[Network, Progress], None] = lambda model, progress: None,
+) -> Network:
     """Trains a transformer on `prior` until the budget is spent and returns its averaged weights.
 
     Run state is written to `out`/state.safetensors every `save_every` seconds; if the file exists,
@@ -179,7 +184,7 @@ def pretrain(
     network = architecture(prior, config)
     with torch.random.fork_rng(devices=[]):  # initial weights come from the global generator
         torch.default_generator.manual_seed(config.seed)
-        model = Transformer(network).to(device)
+        model = build(network).to(device)
     path = out / "state.safetensors"
     if config.init is not None and not path.exists():
         begin_with(config.init, model)
@@ -190,7 +195,7 @@ def pretrain(
         step, tasks, elapsed = _load_state(path, config, model, average, optimizer)
     if config.compile:
         for block in model.blocks:  # sizes change in each batch: what most time goes to, for any
-            block.finish = torch.compile(block.finish, dynamic=True)  # type: ignore[method-assign]
+            block.finish = torch.compile(block.finish, dynamic=True)
 
     saved = began = time.monotonic()
     spent, bad = elapsed, 0
@@ -255,7 +260,7 @@ def pretrain(
     return _with_weights(model, average)
 
 
-def begin_with(checkpoint: str, model: Transformer) -> None:
+def begin_with(checkpoint: str, model: Network) -> None:
     """Copies the weights of a checkpoint into `model`.
 
     Raises:
@@ -294,7 +299,7 @@ class Lesson(NamedTuple):
     latents: Tensor | None  # (b, slots) all of them, when their heads are trained; NaN: none
 
 
-def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
+def loss(model: Network, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     """The training loss, and for people: the loss of y alone and its excess over known latents.
 
     Expected negative log density of y, in nats per query, plus half of f's and a tenth of the
@@ -327,7 +332,7 @@ def loss(model: Transformer, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     return value, loss_y.detach(), (loss_y - lesson.entropy).detach()
 
 
-def latent_loss(model: Transformer, final: Final, lesson: Lesson) -> Tensor:
+def latent_loss(model: Network, final: Final, lesson: Lesson) -> Tensor:
     """Mean negative log probability of the latents: densities, or cross-entropy for categories."""
     assert lesson.latents is not None
     mixture, logits = model.latent_head(final)
@@ -356,6 +361,10 @@ def plan(config: PretrainConfig, step: int, part: int) -> Sizes:
     features = int(torch.randint(1, config.max_features + 1, (), generator=generator))
     points = int(8 * math.exp(share * math.log((config.max_context + 9) / 8)) - 8)
     points = min(points, config.max_context)
+    if config.causal:  # a curve trains all its beginnings: long ones cost little more
+        points = max(2, round(config.max_context * (0.2 + 0.8 * share)))
+        batch = max(1, round(config.tokens / config.micro_batches / (points + config.queries)))
+        return Sizes(batch, 0, points, features, latents=False)
     buffer = 0
     if buffered < config.buffer_share and points > 0:
         buffer = 1 + int(split * min(points, config.max_buffer))
@@ -387,6 +396,8 @@ def draw_lesson(
     generator = torch.Generator(device).manual_seed(_seed(config.seed, step, part, "tasks"))
     n, m = sizes.context + sizes.buffer, config.queries
     visible = None
+    if config.causal:
+        return draw_curves(prior, network, sizes, m, generator)
     if sizes.buffer:
         visible = torch.randint(sizes.buffer + 1, (m,), device=device, generator=generator)
     if isinstance(prior, ConditionalPrior):
@@ -437,6 +448,30 @@ def draw_lesson(
         known=known,
         own=own,
         latents=slots if sizes.latents and network.latent_slots else None,
+    )
+
+
+def draw_curves(
+    prior: Prior, network: TransformerConfig, sizes: Sizes, m: int, generator: torch.Generator
+) -> Lesson:
+    """A micro-batch of rows in order, and as queries m of them, each after a random beginning."""
+    n, device = sizes.buffer, generator.device
+    drawn = prior.sample(sizes.batch, n, sizes.features, generator=generator)
+    x, y, f = drawn.x.float(), drawn.y.float(), drawn.f.float()
+    row = torch.randint(n, (m,), device=device, generator=generator)
+    visible = (torch.rand(m, device=device, generator=generator) * (row + 1)).long()
+    return Lesson(
+        x=x[:, :0],
+        y=y[:, :0],
+        buffer=(x, y),
+        visible=visible,
+        x_query=x[:, row],
+        y_draws=y[None, :, row],
+        f_draws=f[None, :, row],
+        entropy=torch.tensor(torch.nan, device=device),
+        known=latent_slots(network, drawn.latents, sizes.batch, device),
+        own=FromContext(),
+        latents=None,
     )
 
 
@@ -513,7 +548,8 @@ def architecture(prior: Prior, config: PretrainConfig) -> TransformerConfig:
         refinements=config.refinements,
         y_mean=float(y.median()),
         y_std=spread or 1.0,
-        latents=tuple(latents),
+        latents=() if config.causal else tuple(latents),
+        causal=config.causal,
     )
 
 
@@ -581,7 +617,7 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _sum_over_processes(model: Transformer, total: Tensor, world: int) -> None:
+def _sum_over_processes(model: Network, total: Tensor, world: int) -> None:
     if world == 1:
         return
     parameters = list(model.parameters())
@@ -596,7 +632,7 @@ def _sum_over_processes(model: Transformer, total: Tensor, world: int) -> None:
         parameter.grad = gradient.view_as(parameter)
 
 
-def _with_weights(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
+def _with_weights(model: Network, weights: dict[str, Tensor]) -> Network:
     other = copy.deepcopy(model)
     other.load_state_dict(weights)
     return other.eval()
@@ -605,7 +641,7 @@ def _with_weights(model: Transformer, weights: dict[str, Tensor]) -> Transformer
 def _save_state(
     path: Path,
     config: PretrainConfig,
-    model: Transformer,
+    model: Network,
     average: dict[str, Tensor],
     optimizer: Optimizer,
     step: int,
@@ -629,7 +665,7 @@ def _save_state(
 def _load_state(
     path: Path,
     config: PretrainConfig,
-    model: Transformer,
+    model: Network,
     average: dict[str, Tensor],
     optimizer: Optimizer,
 ) -> tuple[int, int, float]:

@@ -26,8 +26,8 @@ from rich.console import Console
 import pfn
 from pfn.card import ModelCard, read_card, save_checkpoint
 from pfn.monitor import Monitor
+from pfn.network import Network
 from pfn.pretrain import PretrainConfig, architecture, pretrain
-from pfn.transformer import Transformer
 from priors import Prior, Tasks, to_config
 
 SECONDS = 600.0  # the budget where neither the recipe nor the command line gives one
@@ -145,7 +145,7 @@ def run(
     return save_checkpoint(out, model, _card(recipe, model, out, monitor))
 
 
-def _card(recipe: Recipe, model: Transformer, out: Path, monitor: Monitor) -> ModelCard:
+def _card(recipe: Recipe, model: Network, out: Path, monitor: Monitor) -> ModelCard:
     """All there is to say of a finished run."""
     prior, config = recipe.prior, recipe.config
     names = {latent.name for latent in model.config.latents}

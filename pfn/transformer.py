@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pfn.experts import Added, Experts, Forecast, Solved, Theta, add, forecast, seen_by_each
+from pfn.network import Network
 from pfn.units import FromContext
 
 Seen = tuple[Tensor, Tensor, Tensor | None, FromContext]  # a context: x, y, known latents, units
@@ -51,7 +52,8 @@ class TransformerConfig:
     """Everything that fixes the architecture.
 
     There is one component of the mixture for each expert, whose hyperparameters take from
-    `least_refinements` to `refinements` steps. `y_mean` and `y_std` are the prior's own moments.
+    `least_refinements` to `refinements` steps; a `causal` network (`causal.py`) has no experts.
+    `y_mean` and `y_std` are the prior's own moments.
     """
 
     max_features: int
@@ -66,6 +68,7 @@ class TransformerConfig:
     y_mean: float = 0.0
     y_std: float = 1.0
     latents: tuple[Latent, ...] = ()
+    causal: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_features", "width", "layers", "heads", "expansion", "components"):
@@ -247,7 +250,7 @@ class Block(nn.Module):
         return tokens + self.contract(hidden)
 
 
-class Transformer(nn.Module):
+class Transformer(Network):
     """Maps a context and queries to mixtures over a new observation and the noise-free function."""
 
     def __init__(self, config: TransformerConfig) -> None:

@@ -26,7 +26,8 @@ from priors.parametric_curves import ParametricCurves
 from priors.tasks import Tasks
 
 METRICS = ("accuracy", "loss")
-SHORTEST, LONGEST = 10, 1000  # steps of a run
+SHORTEST, LONGEST = 10, 1000  # reports of a run
+RARELY = 30  # steps between two reports, at most
 SIBLINGS = 32  # curves of a sweep, at most
 FEATURES = 24  # random features behind each dependence on hyperparameters
 
@@ -42,8 +43,9 @@ class LearningCurves:
 
     Inputs are x[..., 0], the time as a fraction of the planned run, in (0, 1], and with d >= 2 the
     d - 1 hyperparameters of the row's curve, in [0, 1]. With d = 1 a task is one curve in order of
-    time: its first k steps, k random, of a run of 10 to 1000 steps, and the rest at irregular later
-    times; one task in five is a whole run of n steps. With d >= 2 rows are the observed beginnings
+    time: its first k reports, k random, of a run of 10 to 1000 reports, and the rest at irregular
+    later times; one task in five is a whole run of n reports. Reports come every step or, in two
+    runs of five, every few steps, up to 30. With d >= 2 rows are the observed beginnings
     of several siblings, one after another, and then continuations, half of them of the last
     sibling. Positions do not depend on y, so that every prefix of the rows is a valid
     context.
@@ -136,7 +138,7 @@ def _draw_layout(batch: int, n: int, d: int, *, generator: torch.Generator) -> _
 
 
 def _draw_run(batch: int, n: int, *, generator: torch.Generator) -> _Layout:
-    """The first steps of one run, and the rest at later times; or all steps of a run."""
+    """The first reports of one run, and the rest at later times; or all reports of a run."""
     steps = _draw_steps(batch, generator=generator)
     whole = _uniform(batch, 1, generator=generator) < 0.2
     steps = torch.where(whole, torch.full_like(steps, max(n, 2)), steps)
@@ -148,7 +150,10 @@ def _draw_run(batch: int, n: int, *, generator: torch.Generator) -> _Layout:
     later = later.masked_fill(row < begun, 0.0).sort(-1).values
     time = torch.where(row < begun, (row + 1) / steps, later).clamp(1e-6, 1.0)
     curve = torch.zeros(batch, n, dtype=torch.long, device=generator.device)
-    return _Layout(time, curve, curve.new_zeros(batch), 1 / steps, time.new_empty(batch, 1, 0))
+    apart = _uniform(2, batch, 1, generator=generator)  # whether, and how far
+    stride = torch.where(apart[0] < 0.4, (RARELY ** apart[1]).floor(), 1.0)
+    step = 1 / (steps * stride)
+    return _Layout(time, curve, curve.new_zeros(batch), step, time.new_empty(batch, 1, 0))
 
 
 def _draw_sweep(batch: int, n: int, dim: int, *, generator: torch.Generator) -> _Layout:

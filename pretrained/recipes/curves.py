@@ -1,4 +1,4 @@
-"""curves: validation curves of trainings, alone or beside their siblings in a sweep.
+"""curves: validation curves of trainings, of any length and spacing.
 
 Time is a fraction of the planned run and y a metric in [0, 1] by the rule of `LearningCurves`, so
 nothing is standardised: ask with `standardize=False`. There is no reference posterior; calibration
@@ -8,15 +8,21 @@ and real curves judge.
 from pfn.pretrain import PretrainConfig
 from priors import LearningCurves
 
-prior = LearningCurves()
+prior = LearningCurves(resolution=3e-4)  # finer steps of a metric than that decide nothing
 
 config = PretrainConfig(
-    max_features=6,
-    max_context=256,
+    causal=True,
+    max_context=128,
+    width=96,
+    layers=4,
+    heads=4,
+    components=8,
     fourier_octaves=5,
+    queries=128,
+    tokens=4096,
     standardized_share=0.0,
     bounded_share=0.0,
-    queries=32,
-    lr=5e-3,
-    seconds=3000,
+    bf16=False,
+    lr=2e-3,
+    seconds=4500,
 )

@@ -1,0 +1,173 @@
+"""Learning curves from files, for the command line: tables and TensorBoard logs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pfn.tables import read_csv
+from surrogates.extrapolation import extrapolate
+from surrogates.metrics import Bounds
+from surrogates.stopping import Criterion, judge
+
+STEPS = ("step", "epoch", "iteration", "n")  # names of a column of steps, in any case
+EVENTS = "events.out.tfevents"
+
+
+class Observed(NamedTuple):
+    """A metric at its steps, both (n,)."""
+
+    name: str
+    steps: NDArray[np.float64] | None  # None: counted from 1
+    values: NDArray[np.float64]
+
+
+def read_curve(path: Path, metric: str | None = None) -> Observed:
+    """A metric from a CSV file, or from a TensorBoard log (a file or its folder).
+
+    A table has a column of values, and maybe one of steps, named step, epoch, iteration or n; of
+    several columns of values `metric` says which. Steps that begin with 0 are moved by one. Empty
+    cells and "nan" are NaN; rows without a step are left out.
+
+    Raises:
+        ValueError: no such file, metric or values.
+    """
+    is_log = path.is_dir() or EVENTS in path.name
+    name, raw, values = (_read_events if is_log else _read_table)(path, metric)
+    if raw is None:
+        return Observed(name, None, values)
+    order = np.argsort(raw, kind="stable")
+    raw, values = raw[order], values[order]
+    last = np.append(np.diff(raw) > 0, True)  # of a step reported twice, the later value
+    raw, values = raw[last], values[last]
+    if len(raw) and raw[0] == 0:
+        raw = raw + 1
+    return Observed(name, raw, values)
+
+
+def _read_table(
+    path: Path, metric: str | None
+) -> tuple[str, NDArray[np.float64] | None, NDArray[np.float64]]:
+    table = read_csv(path)
+    steps = next((name for name in table if name.lower() in STEPS), None)
+    names = [name for name in table if name != steps]
+    if metric is None and len(names) != 1:
+        raise ValueError(f"Expected --metric, one of the columns {names} of {path}.")
+    name = names[0] if metric is None else metric
+    if name not in names:
+        raise ValueError(f"Expected --metric among the columns {names} of {path}; got {name!r}.")
+    values = _numbers(table[name], name, path)
+    if steps is None:
+        return name, None, values
+    where = _numbers(table[steps], steps, path)
+    kept = np.isfinite(where)
+    return name, where[kept], values[kept]
+
+
+def _numbers(cells: list[str], name: str, path: Path) -> NDArray[np.float64]:
+    try:
+        return np.array([float(cell) if cell.strip() else math.nan for cell in cells])
+    except ValueError as error:
+        raise ValueError(f"Expected numbers in column {name!r} of {path}: {error}.") from None
+
+
+def _read_events(
+    path: Path, metric: str | None
+) -> tuple[str, NDArray[np.float64] | None, NDArray[np.float64]]:
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Reading TensorBoard logs needs tensorboard: pip install tensorboard."
+        ) from error
+    if not path.exists():
+        raise ValueError(f"Expected a table or a TensorBoard log; there is no {path}.")
+    log = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    log.Reload()
+    names = log.Tags()["scalars"]
+    if metric is None and len(names) != 1:
+        raise ValueError(f"Expected --metric, one of the scalars {names} of {path}.")
+    name = names[0] if metric is None else metric
+    if name not in names:
+        raise ValueError(f"Expected --metric among the scalars {names} of {path}; got {name!r}.")
+    events = log.Scalars(name)
+    return (
+        name,
+        np.array([event.step for event in events], dtype=np.float64),
+        np.array([event.value for event in events], dtype=np.float64),
+    )
+
+
+def extrapolate_command(
+    path: Path,
+    *,
+    horizon: float,
+    metric: str | None,
+    mode: str,
+    bounds: Bounds | None,
+    best: float | None,
+    confidence: float,
+    min_delta: float,
+    plot: Path | None,
+) -> dict[str, Any]:
+    """What `pfn extrapolate` prints: predictions, and a decision."""
+    seen = read_curve(path, metric)
+    steps = np.arange(1.0, len(seen.values) + 1) if seen.steps is None else seen.steps
+    curve = extrapolate(seen.values, horizon, steps.tolist(), mode, bounds)
+    criterion = Criterion(horizon, mode, bounds, confidence, min_delta, warmup=0, patience=1)
+    decision = judge(criterion, seen.values.tolist(), steps.tolist(), best)
+    if plot is not None:
+        from pfn.plot import import_pyplot
+        from surrogates.curve_plots import plot_curve
+
+        plt = import_pyplot()
+        plt.switch_backend("Agg")
+        ax = plot_curve(curve, best=best, reason=decision.reason)
+        ax.set_ylabel(seen.name)
+        figure: Any = ax.figure
+        figure.savefig(plot, dpi=150)
+        plt.close(figure)
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    rows = [curve.icdf(level).tolist() for level in levels]
+    return {
+        "metric": seen.name,
+        "observed": len(seen.values),
+        "horizon": horizon,
+        "best": best,
+        "steps": curve.steps.tolist(),
+        **{f"q{round(100 * level):02d}": row for level, row in zip(levels, rows, strict=True)},
+        "probability": _finite(decision.probability),
+        "stop": decision.stop,
+        "pause": decision.pause,
+        "reason": decision.reason,
+    }
+
+
+def watch(
+    ask: Callable[[], dict[str, Any]], *, every: float, say: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Asks again whenever there is a new value, until the decision is to stop."""
+    seen = -1
+    while True:
+        try:
+            answer = ask()
+        except ValueError as error:  # not written yet
+            if "there is no" not in str(error) and "there are none" not in str(error):
+                raise
+            answer = None
+        if answer is not None and answer["observed"] != seen:
+            seen = answer["observed"]
+            say(answer)
+            if answer["stop"]:
+                return answer
+        time.sleep(every)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,386 @@
+"""The rest of a learning curve: its predictive at each step, and what its draws say together.
+
+`extrapolate` asks the network of curves, whose prior is `priors.LearningCurves`. Read `metrics.py`
+for the map between a metric and the network's units, `stopping.py` for decisions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.types import _size
+
+import pfn
+from pfn import PFN, Predictive
+from surrogates.metrics import Bounds, Metric, check_steps, check_values, read_metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MODEL = "curves"
+LEVELS = 256  # probabilities, evenly spaced, at which each marginal is tabulated
+EDGE = 1e-4  # y of an unbounded metric this near to its open end is the end
+DIVERGED = 0.01  # y below which an unbounded metric has diverged: a loss of 100 times the first
+DRAWS = 2048  # of the rest of a curve, behind joint probabilities
+MEMORY = 0.25  # power of the ratio of variances that correlates two steps, see `Curve`
+MOST_STEPS = 10_000  # steps that are predicted
+
+
+class MetricPredictive(Predictive):
+    """Predictives of a metric: mixtures of normals in y, mapped to the metric and kept in bounds.
+
+    The mixture is truncated to the y that the metric can take, so all values are within its bounds.
+    Quantiles are mapped, and swapped where lower is better; moments, entropy and expected
+    improvement are means of mapped quantiles. Where a metric is unbounded on its bad side, the
+    moments are those of runs that do not diverge, unless most do: a mean over losses without limit
+    would say nothing of the rest. See `prob_diverged`.
+
+    Args:
+        marginals: of y, as the network gives them.
+        metric: the map.
+    """
+
+    def __init__(self, marginals: Predictive, metric: Metric) -> None:
+        super().__init__(
+            marginals.log_weights.double(),
+            marginals.means.double(),
+            marginals.stds.double(),
+            validate_args=False,
+        )
+        self.metric = metric
+        open_below = not math.isfinite(metric.bottom)
+        open_above = not math.isfinite(metric.top)
+        self._ends = (EDGE if open_below else 0.0, 1 - EDGE if open_above else 1.0)
+        ends = torch.tensor(self._ends, dtype=torch.float64)
+        below = super()._tail(ends[0])
+        above = super()._tail(ends[1], -1.0)
+        self._below, self._inside = below, (1 - below - above).clamp_min(1e-12)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, {self.metric})"
+
+    def _with(self, log_weights: Tensor, means: Tensor, stds: Tensor) -> Predictive:
+        inner = Predictive(log_weights, means, stds, validate_args=False)
+        return MetricPredictive(inner, self.metric)
+
+    def affine(self, loc: float | Tensor, scale: float | Tensor) -> Predictive:
+        """Not offered: a metric has its own units and bounds."""
+        raise ValueError("Expected no affine map of a metric; extrapolate other values instead.")
+
+    @property
+    def mode(self) -> Tensor:
+        """The tabulated quantile at which the density of the metric is highest."""
+        values = self._table
+        return values.gather(0, self.log_prob(values).argmax(0, keepdim=True)).squeeze(0)
+
+    def prob_diverged(self) -> Tensor:
+        """P(y < 0.01), the loss at 100 times the first, say; 0 where the bad side is bounded."""
+        if math.isfinite(self.metric.bottom):
+            return torch.zeros(self.batch_shape, dtype=torch.float64)
+        return self._of_y(torch.tensor(DIVERGED, dtype=torch.float64))
+
+    def entropy(self) -> Tensor:
+        """-E[log density] in nats, of the metric in its units."""
+        return -self.log_prob(self._table).mean(0)
+
+    def crps(self, value: float | Tensor) -> Tensor:
+        """E|v - value| - E|v - v'| / 2, lower is better."""
+        table = self._table.sort(0).values
+        rank = torch.arange(1, LEVELS + 1, dtype=torch.float64) * 2 - LEVELS - 1
+        rank = rank.reshape(-1, *[1] * (table.dim() - 1))
+        apart = 2 * (rank * table).sum(0) / LEVELS**2
+        to_value = (table - self._checked(value)).abs().mean(0)
+        return self._out(to_value - apart / 2)
+
+    # what the rest of a `Predictive` is derived from, in values of the metric
+
+    @functools.cached_property
+    def _table(self) -> Tensor:
+        """Values (level, ...) at evenly spaced probabilities of y."""
+        return self.metric.decode(self._y_table)
+
+    @functools.cached_property
+    def _y_table(self) -> Tensor:
+        levels = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+        return self._y_at(levels.reshape(-1, *[1] * len(self.batch_shape)))
+
+    def _y_at(self, probability: Tensor) -> Tensor:
+        """Quantiles of y within its ends."""
+        p = self._below + self._inside * probability
+        return super()._solve(p.clamp(1e-15, 1 - 1e-15)).clamp(*self._ends)
+
+    def _of_y(self, y: Tensor) -> Tensor:
+        """P(Y <= y) of the truncated mixture."""
+        return ((super()._tail(y) - self._below) / self._inside).clamp(0, 1)
+
+    def _encode(self, value: Tensor) -> Tensor:
+        return self.metric.encode(value).clamp(*self._ends)
+
+    def _log_q(self, value: Tensor) -> Tensor:
+        y = self._encode(value)
+        inner = super()._log_q(y) - self._inside.log()
+        return inner + self.metric.log_slope(y)
+
+    def _tail(self, value: Tensor, side: float | Tensor = 1.0) -> Tensor:
+        y = self._encode(value)
+        below = self._of_y(y)
+        side = torch.as_tensor(side, dtype=torch.float64)
+        return torch.where(side * self.metric.sign > 0, below, 1 - below)
+
+    def _solve(self, p: Tensor) -> Tensor:
+        return self.metric.decode(self._y_at(p if self.metric.sign > 0 else 1 - p))
+
+    def _implicit(self, y: Tensor, p: Tensor | None = None) -> Tensor:
+        return y
+
+    def _draw(self, sample_shape: _size, generator: torch.Generator | None) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        uniform = torch.rand(shape, dtype=torch.float64, generator=generator)
+        return self.metric.decode(self._y_at(uniform))
+
+    def _weights(self) -> Tensor:
+        """Of the tabulated values in moments (level, ...): of runs that do not diverge, if most."""
+        if math.isfinite(self.metric.bottom):
+            return torch.full_like(self._table, 1 / LEVELS)
+        kept = (self._y_table >= DIVERGED).double()
+        share = kept.mean(0)
+        return torch.where(share >= 0.5, kept / share.clamp_min(0.5), 1.0) / LEVELS
+
+    def _mean(self) -> Tensor:
+        return (self._weights() * self._table).sum(0)
+
+    def _variance(self) -> Tensor:
+        return (self._weights() * (self._table - self._mean()).square()).sum(0)
+
+    def _log_improvement(self, best: float | Tensor, maximize: bool) -> Tensor:
+        gain = self._table - self._checked(best)
+        gain = (gain if maximize else -gain).clamp_min(0)
+        return gain.mean(0).clamp_min(torch.finfo(torch.float64).tiny).log()
+
+
+class TimeTo(NamedTuple):
+    """When a curve first reaches a value: a distribution over its remaining steps, or never."""
+
+    steps: Tensor  # (rest,)
+    probabilities: Tensor  # (rest,) of each step to be the first
+    never: float  # probability that it does not happen up to the horizon
+
+    def cdf(self, step: float) -> float:
+        """P(reached at or before a step)."""
+        return float(self.probabilities[self.steps <= step].sum())
+
+    @property
+    def median(self) -> float:
+        """The first step by which it is as likely as not; infinite if there is none."""
+        reached = self.probabilities.cumsum(0) >= 0.5
+        return float(self.steps[reached][0]) if bool(reached.any()) else math.inf
+
+
+class Curve(MetricPredictive):
+    """The rest of a learning curve, batch_shape (rest,), in the metric's units.
+
+    Its marginals are the network's. Together, two steps s < t are related by a normal copula. A
+    value's normal score is sqrt(r) u + sqrt(1 - r) e: u of the noise-free curve, e of independent
+    noise, and r the share of the spread that is the curve's. The scores u are correlated by
+    (v_s / v_t)^MEMORY, where v is the noise-free variance, which grows with time: 0 would be curves
+    that keep their rank for ever, 1/2 curves with independent increments. MEMORY is what fits draws
+    of the prior best.
+
+    Attributes:
+        steps: (rest,) of the predictives.
+        values, seen: what was observed, and its steps.
+        horizon: the last step.
+    """
+
+    def __init__(
+        self,
+        marginals: Predictive,
+        curve_spread: Tensor,
+        metric: Metric,
+        steps: Tensor,
+        values: Tensor,
+        seen: Tensor,
+        horizon: float,
+    ) -> None:
+        super().__init__(marginals, metric)
+        self.steps, self.values, self.seen, self.horizon = steps, values, seen, horizon
+        self._curve_spread = curve_spread
+
+    def sample_paths(self, n: int, *, seed: int = 0) -> Tensor:
+        """Joint draws (n, rest) of the metric at the remaining steps."""
+        return self.metric.decode(self._paths(n, seed))
+
+    def prob_best(self, best: float, *, min_delta: float = 0.0) -> float:
+        """P(the best of the remaining values is better than `best` by more than `min_delta`)."""
+        if not math.isfinite(best) or min_delta < 0:
+            raise ValueError(f"Expected a finite best and min_delta >= 0; got {best}, {min_delta}.")
+        if not len(self.steps):
+            return 0.0
+        sign = self.metric.sign
+        best_of_each = (sign * self.sample_paths(DRAWS)).amax(-1)
+        return float((best_of_each > sign * best + min_delta).double().mean())
+
+    def prob_above(self, value: float) -> float:
+        """P(the value at the horizon is above `value`), or below it where lower is better."""
+        if not len(self.steps):
+            raise ValueError("Expected steps that remain; the curve is at its horizon.")
+        return float(self[-1].probability_of_improvement(value, maximize=self.metric.sign > 0))
+
+    def time_to(self, value: float) -> TimeTo:
+        """When the metric first is at least as good as `value`, among the remaining steps."""
+        sign, count = self.metric.sign, len(self.steps)
+        reached = sign * self.sample_paths(DRAWS) >= sign * value  # (draw, rest)
+        first = reached.double().argmax(-1)[reached.any(-1)]
+        share = torch.bincount(first, minlength=count).double() / DRAWS
+        return TimeTo(self.steps, share, 1 - float(share.sum()))
+
+    def plot(self, ax: Axes | None = None, *, best: float | None = None) -> Axes:  # type: ignore[override]
+        """The Axes with the values seen, and median, 50 % and 90 % intervals of the rest."""
+        from surrogates.curve_plots import plot_curve
+
+        return plot_curve(self, ax, best=best)
+
+    def _paths(self, n: int, seed: int) -> Tensor:
+        """Joint draws (n, rest) of y."""
+        if n < 1:
+            raise ValueError(f"Expected n >= 1 paths; got {n}.")
+        generator = torch.Generator().manual_seed(seed)
+        count = len(self.steps)
+        curve, noise = torch.randn(2, n, count, dtype=torch.float64, generator=generator)
+        total = self._y_spread
+        share = (self._curve_spread / total).square().clamp(0, 1)
+        clock = self._curve_spread.square().cummax(0).values.clamp_min(1e-300) ** (2 * MEMORY)
+        passed = torch.diff(clock, prepend=clock.new_zeros(1)).clamp_min(0)
+        u = (passed.sqrt() * curve).cumsum(-1) / clock.sqrt()
+        scores = share.sqrt() * u + (1 - share).sqrt() * noise
+        where = torch.special.ndtr(scores) * LEVELS - 0.5
+        low = where.floor().clamp(0, LEVELS - 2).long()
+        table = self._y_table.T  # (rest, level)
+        rows = torch.arange(count)
+        below, above = table[rows, low], table[rows, low + 1]
+        y = below + (where - low) * (above - below)
+        return y.clamp(*self._ends)
+
+    @functools.cached_property
+    def _y_spread(self) -> Tensor:
+        """Half the distance between the 16 % and 84 % quantiles of y (rest,)."""
+        return spread(self._y_table)
+
+
+def spread(table: Tensor) -> Tensor:
+    """Half the distance between the 16 % and 84 % quantiles of a table (level, ...)."""
+    low, high = table[round(0.16 * LEVELS)], table[round(0.84 * LEVELS) - 1]
+    return ((high - low) / 2).clamp_min(1e-9)
+
+
+def extrapolate(
+    values: Any,
+    horizon: float,
+    steps: Sequence[float] | None = None,
+    mode: str = "max",
+    bounds: Bounds | None = None,
+    *,
+    model: str | PFN = MODEL,
+) -> Curve:
+    """The posterior of the rest of a learning curve, from its beginning.
+
+    Args:
+        values: (n,) of a metric, in order of time; NaN and infinities are a divergence. None, n =
+            0, gives the prior predictive.
+        horizon: the step at which the training would end; it informs the answer, since schedules
+            and users adapt to it.
+        steps: (n,) of the values, by default 1 to n: epochs, iterations or examples, at any
+            spacing. Those that remain then go on at the median spacing, up to the horizon.
+        mode: "max" where higher is better, or "min".
+        bounds: (low, high) of the metric, None where there is none. By default [0, 1] for a metric
+            to be maximised whose values lie there, 0 below for one to be minimised that is never
+            negative, and none otherwise; see `metrics.py`.
+        model: a network of learning curves.
+
+    Returns:
+        A `Curve` of batch_shape (horizon - n,) at the steps that remain.
+
+    Raises:
+        ValueError: values, steps, horizon, mode or bounds that do not fit each other.
+
+    Example:
+        >>> curve = extrapolate([0.3, 0.5, 0.6, 0.66, 0.69], horizon=50)
+        >>> curve.batch_shape, curve.prob_above(0.75) > curve.prob_above(0.95)
+        (torch.Size([45]), True)
+    """
+    array = check_values(values)
+    seen = check_steps(steps, len(array), horizon)
+    metric = read_metric(array, mode, bounds)
+    rest = remaining_steps(seen, float(horizon))
+    network = load(model) if isinstance(model, str) else model
+    marginals, curve = ask(network, metric, array, seen, rest, float(horizon))
+    return Curve(
+        marginals,
+        curve,
+        metric,
+        torch.from_numpy(rest),
+        torch.from_numpy(array),
+        torch.from_numpy(seen),
+        float(horizon),
+    )
+
+
+def ask(
+    network: PFN,
+    metric: Metric,
+    values: np.ndarray[Any, np.dtype[np.float64]],
+    seen: np.ndarray[Any, np.dtype[np.float64]],
+    rest: np.ndarray[Any, np.dtype[np.float64]],
+    horizon: float,
+) -> tuple[Predictive, Tensor]:
+    """Predictives of y (rest,), and the spread of the noise-free curve in the same units."""
+    y = metric.encode(torch.from_numpy(values))
+    keep = thin(len(y), network.card.max_context)
+    context = (torch.from_numpy(seen / horizon)[keep].unsqueeze(-1), y[keep])
+    fitted = network.condition(context, standardize=False)
+    times = torch.from_numpy(rest / horizon).unsqueeze(-1)
+    marginals = fitted.predict(times)
+    curve = fitted.predict(times, latent=True)
+    levels = torch.tensor([0.16, 0.84], dtype=torch.float64).unsqueeze(-1)
+    low, high = curve.icdf(levels) if len(rest) else torch.zeros(2, 0, dtype=torch.float64)
+    return marginals, ((high - low) / 2).clamp_min(1e-12)
+
+
+@functools.lru_cache(4)
+def load(name: str) -> PFN:
+    """The network of a name, read once."""
+    return pfn.load(name)
+
+
+def remaining_steps(
+    seen: np.ndarray[Any, np.dtype[np.float64]], horizon: float
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Steps after the last one seen, at the spacing so far, up to the horizon and with it.
+
+    Raises:
+        ValueError: more than `MOST_STEPS`.
+    """
+    last = seen[-1] if len(seen) else 0.0
+    apart = float(np.median(np.diff(seen, prepend=0.0))) if len(seen) else 1.0
+    count = math.floor((horizon - last) / apart + 1e-9)
+    if count > MOST_STEPS:
+        raise ValueError(
+            f"Expected at most {MOST_STEPS} remaining steps; got {count}, one every {apart:g} up to"
+            f" {horizon:g}. Pass wider spaced values and their steps."
+        )
+    rest = last + apart * np.arange(1.0, count + 1)
+    if horizon - (rest[-1] if count else last) > 1e-6 * apart:
+        rest = np.append(rest, horizon)
+    return rest.clip(max=horizon)
+
+
+def thin(count: int, most: int) -> Tensor:
+    """Indices of at most `most` of `count` values, evenly spaced, the last one among them."""
+    stride = max(1, math.ceil(count / most))
+    return torch.arange(count - 1, -1, -stride).flip(0)

@@ -1,0 +1,277 @@
+"""Whether a training is worth going on with: `StopRule`, its decisions and their reasons.
+
+Every plug (`pruning.py`, the callbacks) shares `judge`, which is a function of what was observed
+alone, so that it may run in any process and again after a restart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pfn import PFN
+from surrogates.extrapolation import MODEL, Curve, extrapolate
+from surrogates.metrics import MODES, Bounds, check_steps, check_values, read_metric
+
+PAUSE = 0.1  # of the tolerated probability: a run that is stopped with more than that may resume
+PREFIXES = 8  # one-step predictions behind the check that a curve is within the prior
+OUTSIDE = 1e-4  # p-value of that check
+
+
+class Decision(NamedTuple):
+    """What to do with a run, and why.
+
+    Attributes:
+        stop: whether to end it now.
+        pause: whether to keep its state when it is stopped: it may be the next best thing to do.
+        probability: that the best of the rest beats the incumbent; NaN where the model was not
+            asked.
+        final: median of the value at the horizon, and the ends of its 90 % interval; NaN likewise.
+        reason: in words.
+        curve: the rest, as predicted.
+    """
+
+    stop: bool
+    pause: bool
+    probability: float
+    final: tuple[float, float, float]
+    reason: str
+    curve: Curve | None
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """When to stop a run of `horizon` steps; the arguments are those of `StopRule`."""
+
+    horizon: float
+    mode: str = "max"
+    bounds: Bounds | None = None
+    confidence: float = 0.95
+    min_delta: float = 0.0
+    warmup: int = 5
+    min_steps: float = 0.0
+    patience: int = 2
+    check_prior: bool = False
+    model: str | PFN = MODEL
+
+    def __post_init__(self) -> None:
+        check_steps(None, 0, self.horizon)
+        read_metric(np.empty(0), self.mode, self.bounds)
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"Expected a confidence between 0 and 1; got {self.confidence}.")
+        if not (self.min_delta >= 0 and self.warmup >= 0 and self.min_steps >= 0):
+            raise ValueError(
+                "Expected min_delta, warmup and min_steps of at least 0; got "
+                f"{self.min_delta}, {self.warmup} and {self.min_steps}."
+            )
+        if self.patience < 1:
+            raise ValueError(f"Expected a patience of at least 1; got {self.patience}.")
+
+
+class StopRule:
+    """Stops a run that will hardly beat the incumbent: P(it does) < 1 - confidence.
+
+    The incumbent is `best`, or the best value of the run itself where that is better or no `best`
+    is known; a run that leads is stopped when it has nothing left to gain.
+
+    Args:
+        horizon: planned steps of a run.
+        best: value to beat, of earlier runs. May be set again between updates.
+        mode: "max" where higher is better, or "min".
+        bounds: of the metric, as for `extrapolate`.
+        confidence: in (0, 1); of a run that is stopped, that it would not have beaten the
+            incumbent.
+        min_delta: what counts as beating, in the metric's units.
+        warmup: updates before the model is asked.
+        min_steps: the step before which no run is stopped.
+        patience: updates in a row that must speak for stopping, so that one unlucky value does not.
+        check_prior: whether to let a run go on where its values are none that the model would have
+            predicted: then its word counts for nothing.
+        model: a network of learning curves.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> rule = StopRule(horizon=50, best=0.95, warmup=3)
+        >>> for accuracy in (0.30, 0.38, 0.41, 0.42, 0.425, 0.426, 0.427):
+        ...     decision = rule.update(accuracy)
+        >>> decision.stop
+        True
+    """
+
+    def __init__(
+        self,
+        horizon: float,
+        best: float | None = None,
+        mode: str = "max",
+        bounds: Bounds | None = None,
+        confidence: float = 0.95,
+        min_delta: float = 0.0,
+        warmup: int = 5,
+        *,
+        min_steps: float = 0.0,
+        patience: int = 2,
+        check_prior: bool = False,
+        model: str | PFN = MODEL,
+    ) -> None:
+        self.criterion = Criterion(
+            horizon, mode, bounds, confidence, min_delta, warmup, min_steps, patience, check_prior,
+            model,
+        )  # fmt: skip
+        self.best = best
+        self.values: list[float] = []
+        self.steps: list[float] = []
+        self._hopeless = 0  # updates in a row
+
+    def __repr__(self) -> str:
+        return f"StopRule({self.criterion}, best={self.best}, {len(self.values)} values)"
+
+    def update(self, value: float, step: float | None = None) -> Decision:
+        """Notes a value of the metric, at the next step by default, and decides.
+
+        Raises:
+            ValueError: a step that does not come after the last one, or lies past the horizon; the
+                value is then not noted.
+        """
+        if step is None:
+            step = self.steps[-1] + 1 if self.steps else 1
+        values, steps = [*self.values, float(value)], [*self.steps, float(step)]
+        check_steps(steps, len(values), self.criterion.horizon)
+        decision = judge(self.criterion, values, steps, self.best, self._hopeless)
+        self.values, self.steps = values, steps
+        self._hopeless = self._hopeless + 1 if is_hopeless(decision, self.criterion) else 0
+        return decision
+
+    def decide(self) -> Decision:
+        """The decision on the values so far, say for a paused run or after `best` has changed."""
+        before = max(self._hopeless, self.criterion.patience - 1)
+        return judge(self.criterion, self.values, self.steps, self.best, before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen, as plain numbers."""
+        return {
+            "best": self.best,
+            "values": list(self.values),
+            "steps": list(self.steps),
+            "hopeless": self._hopeless,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        self.best = state["best"]
+        self.values, self.steps = list(state["values"]), list(state["steps"])
+        self._hopeless = state["hopeless"]
+
+
+def judge(
+    criterion: Criterion,
+    values: Sequence[float],
+    steps: Sequence[float],
+    best: float | None,
+    hopeless: int = 0,
+) -> Decision:
+    """The decision on a run with these values; `hopeless` updates in a row spoke for stopping."""
+    array = check_values(values)
+    where = f"After step {steps[-1]:g} of {criterion.horizon:g}" if len(steps) else "At the start"
+    if len(array) and steps[-1] >= criterion.horizon:
+        return _unasked(True, f"{where}: the run is complete.")
+    if len(array) <= criterion.warmup or steps[-1] < criterion.min_steps:
+        return _unasked(False, f"{where}: too early to judge (warm-up).")
+    incumbent, whose = find_incumbent(array, criterion.mode, best)
+    if incumbent is None:
+        return _unasked(False, f"{where}: no finite value to compare with.")
+    curve = extrapolate(
+        array,
+        criterion.horizon,
+        steps,
+        criterion.mode,
+        criterion.bounds,
+        model=criterion.model,
+    )
+    probability = curve.prob_best(incumbent, min_delta=criterion.min_delta)
+    end = curve[-1]
+    levels = torch.tensor([0.5, 0.05, 0.95], dtype=torch.float64)
+    middle, low, high = end.icdf(levels).tolist()
+    tolerated = 1 - criterion.confidence
+    more = f" by more than {criterion.min_delta:g}" if criterion.min_delta else ""
+    reason = (
+        f"{where}: the rest beats {whose} {incumbent:.4g}{more} with probability"
+        f" {_percent(probability)}, {{}}; expected at the end {middle:.4g} (90 %: {low:.4g} to"
+        f" {high:.4g})."
+    )
+    pause = probability >= PAUSE * tolerated
+    final = (middle, low, high)
+    if probability >= tolerated:
+        words = f"at least the {_percent(tolerated)} that are worth it"
+        return Decision(False, False, probability, final, reason.format(words), curve)
+    words = f"less than {_percent(tolerated)}"
+    if hopeless + 1 < criterion.patience:
+        words += f", for {hopeless + 1} of {criterion.patience} updates"
+        return Decision(False, False, probability, final, reason.format(words), curve)
+    if criterion.check_prior:
+        p = p_value_of(criterion, array, np.asarray(steps, dtype=np.float64))
+        if p < OUTSIDE:
+            words += f", but the curve is unlike any that the model knows (p = {p:.1g})"
+            return Decision(False, False, probability, final, reason.format(words), curve)
+    return Decision(True, pause, probability, final, reason.format(words), curve)
+
+
+def is_hopeless(decision: Decision, criterion: Criterion) -> bool:
+    """Whether an update speaks for stopping, be it that more must."""
+    return decision.probability < 1 - criterion.confidence  # False for NaN
+
+
+def find_incumbent(
+    values: NDArray[np.float64], mode: str, best: float | None
+) -> tuple[float | None, str]:
+    """What the rest has to beat, and whose it is."""
+    finite = values[np.isfinite(values)].tolist()
+    given = [] if best is None or not math.isfinite(best) else [float(best)]
+    if not finite and not given:
+        return None, ""
+    choose = max if mode == "max" else min
+    incumbent = choose(finite + given)
+    return incumbent, "the best so far," if incumbent in given else "its own best,"
+
+
+def p_value_of(
+    criterion: Criterion, values: NDArray[np.float64], steps: NDArray[np.float64]
+) -> float:
+    """Whether the values are such as the model would have predicted, one step ahead each.
+
+    Fisher's combination of two-sided tail probabilities of the next value after up to `PREFIXES`
+    evenly spaced beginnings: minus twice the sum of their logarithms is chi-squared with two
+    degrees of freedom for each, if the model is right.
+    """
+    first = min(max(1, criterion.warmup), len(values) - 1)
+    ends = np.unique(np.linspace(first, len(values) - 1, PREFIXES).round().astype(int))
+    total = 0.0
+    for n in ends:
+        horizon, mode, bounds = criterion.horizon, criterion.mode, criterion.bounds
+        curve = extrapolate(
+            values[:n], horizon, steps[:n].tolist(), mode, bounds, model=criterion.model
+        )
+        nearest = int((curve.steps - steps[n]).abs().argmin())
+        value = values[n] if math.isfinite(values[n]) else curve.metric.decode(torch.tensor(1e-4))
+        below = float(curve[nearest].cdf(float(value)))
+        total -= 2 * math.log(max(2 * min(below, 1 - below), 1e-12))
+    half, count = total / 2, len(ends)  # the tail of a chi-squared with an even number
+    return math.exp(-half) * sum(half**k / math.factorial(k) for k in range(count))
+
+
+def _unasked(stop: bool, reason: str) -> Decision:
+    return Decision(stop, False, math.nan, (math.nan,) * 3, reason, None)
+
+
+def _percent(p: float) -> str:
+    return f"{100 * p:.2g} %"
+
+
+__all__ = ["MODES", "Criterion", "Decision", "StopRule", "judge"]
