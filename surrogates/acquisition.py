@@ -118,7 +118,9 @@ def make_acquisition(
 
     The incumbent is the largest posterior mean among the evaluated points that meet the
     constraints, not the largest noisy observation; while no evaluated point meets them, only the
-    probability of meeting them counts.
+    probability of meeting them counts. For the network and one objective it is the larger of the
+    two: the network takes part of a rugged objective for noise, and over a smoothed incumbent the
+    nearest neighbours of it would for ever seem to improve.
     """
     if pending is not None and not len(pending):
         pending = None
@@ -135,6 +137,8 @@ def make_acquisition(
     feasible = _are_feasible(Y, means, constraints)
     some_feasible = bool(feasible[: len(X)].any())
     best = means[..., 0].masked_fill(~feasible, -math.inf).amax(0)  # (fantasy,) or ()
+    if isinstance(objective, PriorFitted) and some_feasible:
+        best = best.maximum(Y[feasible[: len(X)].reshape(len(X), -1)[:, 0], 0].max())
 
     def value(points: Tensor) -> Tensor:
         total = torch.zeros(len(points), *best.shape, dtype=points.dtype)

@@ -1,0 +1,224 @@
+"""`extrapolate`: predictives in the metric's units, and what joint draws say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+import pfn
+from priors import LearningCurves
+from surrogates import extrapolate
+from surrogates.extrapolation import DRAWS, LEVELS, remaining_steps, thin
+
+ACCURACY = 0.9 - 0.6 / np.sqrt(np.arange(1.0, 16))
+LOSS = 0.3 + 2.0 / np.arange(1.0, 16)
+REWARD = np.array([-200.0, -150, -90, -110, -60, -40, -45, -30])
+KINDS = [
+    (ACCURACY, {"mode": "max"}),
+    (1 - ACCURACY, {"mode": "min", "bounds": (0, 1)}),
+    (LOSS, {"mode": "min"}),
+    (REWARD, {"mode": "max"}),
+    (100 * ACCURACY, {"mode": "max", "bounds": (0, 100)}),
+]
+
+
+@pytest.mark.parametrize(("values", "how"), KINDS)
+def test_the_answer_is_a_distribution_at_each_remaining_step(values, how) -> None:
+    curve = extrapolate(values, horizon=40, **how)
+    assert isinstance(curve, pfn.Predictive)
+    assert curve.batch_shape == (40 - len(values),)
+    assert curve.steps.tolist() == list(range(len(values) + 1, 41))
+    p = torch.tensor([0.02, 0.3, 0.5, 0.7, 0.98], dtype=torch.float64).unsqueeze(-1)
+    q = curve.icdf(p)
+    assert (q.diff(dim=0) > 0).all()
+    torch.testing.assert_close(curve.cdf(q), p.expand_as(q), atol=1e-6, rtol=0)
+    low, high = curve.interval(0.9)
+    assert (low < curve.mean).all() and (curve.mean < high).all()
+
+
+@pytest.mark.parametrize(("values", "how"), KINDS)
+def test_densities_integrate_to_one_and_are_the_slope_of_the_cdf(values, how) -> None:
+    end = extrapolate(values, horizon=40, **how)[-1]
+    p = torch.linspace(1e-5, 1 - 1e-5, 40_001, dtype=torch.float64)
+    grid = end.icdf(p)
+    density = end.log_prob(grid).exp()
+    total = torch.trapezoid(density, grid)
+    assert float(total) == pytest.approx(1, abs=2e-3)  # of the trapezoidal rule
+    middle = end.icdf(torch.tensor([0.3, 0.6], dtype=torch.float64))
+    h = 1e-4 * end.stddev
+    slope = (end.cdf(middle + h) - end.cdf(middle - h)) / (2 * h)
+    torch.testing.assert_close(end.log_prob(middle).exp(), slope, rtol=1e-3, atol=0)
+
+
+def test_an_error_rate_is_an_accuracy_upside_down() -> None:
+    up = extrapolate(ACCURACY, 40, mode="max", bounds=(0, 1))
+    down = extrapolate(1 - ACCURACY, 40, mode="min", bounds=(0, 1))
+    torch.testing.assert_close(up.mean, 1 - down.mean, atol=1e-6, rtol=0)
+    torch.testing.assert_close(up.icdf(0.95), 1 - down.icdf(0.05), atol=1e-6, rtol=0)
+    torch.testing.assert_close(up.cdf(0.8), 1 - down.cdf(0.2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(up.log_prob(0.85), down.log_prob(0.15), atol=1e-5, rtol=1e-5)
+    assert up.prob_best(0.8) == pytest.approx(down.prob_best(0.2), abs=1e-9)
+    assert up.prob_above(0.8) == pytest.approx(down.prob_above(0.2), abs=1e-9)
+
+
+def test_units_of_a_metric_change_the_answers_units_alone() -> None:
+    curve, scaled = extrapolate(LOSS, 40, mode="min"), extrapolate(1000 * LOSS, 40, mode="min")
+    torch.testing.assert_close(1000 * curve.mean, scaled.mean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(1000 * curve.stddev, scaled.stddev, rtol=1e-9, atol=0)
+    torch.testing.assert_close(curve.entropy() + math.log(1000), scaled.entropy())
+    steps = np.arange(1, 16) * 50.0
+    longer = extrapolate(LOSS, 2000, steps.tolist(), mode="min")
+    torch.testing.assert_close(curve.mean, longer.mean)
+    assert longer.steps.tolist() == (50 * curve.steps).tolist()
+
+
+def test_moments_are_those_of_the_mapped_values_not_of_a_mapped_mean() -> None:
+    curve = extrapolate(LOSS, 40, mode="min")
+    draws = curve.sample((20_000,), generator=torch.Generator().manual_seed(0))
+    error = draws.std(0) / math.sqrt(len(draws))
+    # beside the Monte Carlo error, a table of LEVELS quantiles misses some of the tails
+    assert ((draws.mean(0) - curve.mean).abs() < 4 * error + 0.02 * curve.stddev).all()
+    inverted = curve.metric.decode(torch.as_tensor(curve.metric.encode(draws).mean(0)))
+    assert (curve.mean > inverted).all()  # Jensen: a loss is convex in y
+
+
+@pytest.mark.parametrize(("values", "how"), KINDS)
+def test_paths_have_the_marginals(values, how) -> None:
+    curve = extrapolate(values, 40, **how)
+    paths = curve.sample_paths(4000, seed=3)
+    assert paths.shape == (4000, 40 - len(values))
+    for p in (0.1, 0.5, 0.9):
+        share = (paths <= curve.icdf(p)).double().mean(0)
+        assert ((share - p).abs() < 4.5 * math.sqrt(p * (1 - p) / 4000) + 1 / LEVELS).all()
+    assert torch.equal(paths, curve.sample_paths(4000, seed=3))
+
+
+def test_the_best_of_the_rest_is_at_least_as_good_as_any_value() -> None:
+    curve = extrapolate(ACCURACY, 40)
+    each = curve.probability_of_improvement(0.78)
+    best = curve.prob_best(0.78)
+    noise = 4 / math.sqrt(DRAWS)
+    assert each.max() - noise < best < each.sum() + noise  # between a union's bounds
+    assert curve.prob_best(0.5) == 1 and curve.prob_best(1.0) == 0
+    assert curve.prob_best(0.76, min_delta=0.02) == curve.prob_best(0.78)
+    assert curve.prob_above(0.78) == pytest.approx(float(each[-1]))
+
+
+def test_the_time_to_a_value_is_a_distribution() -> None:
+    curve = extrapolate(ACCURACY, 40)
+    time = curve.time_to(0.78)
+    assert float(time.probabilities.sum()) + time.never == pytest.approx(1)
+    assert time.cdf(40) == pytest.approx(curve.prob_best(0.78 - 1e-12), abs=1e-9)
+    assert curve.time_to(0.3).median == 16 and curve.time_to(0.99).median == math.inf
+
+
+def test_probabilities_of_joint_events_are_calibrated_on_draws_of_the_prior() -> None:
+    generator = torch.Generator().manual_seed(7)
+    prior = LearningCurves(metrics=("accuracy",), resolution=3e-4)
+    tasks = prior.sample(3000, 60, 1, generator=generator)
+    time = tasks.x[..., 0]
+    regular = (time - torch.arange(1.0, 61).double() / 60).abs().amax(-1) < 1e-9
+    curves = tasks.y[regular].clamp(0, 1).numpy()[:250]
+    hits, said = [], []
+    for i, y in enumerate(curves):
+        cut = (6, 15, 30)[i % 3]
+        curve = extrapolate(y[:cut], 60, bounds=(0, 1))
+        # a rival so good that the rest beats it half of the time, were it known
+        best = float(curve.sample_paths(64, seed=i).amax(-1).median()) + 1e-9
+        for factor in (0.0, 0.01):
+            said.append(curve.prob_best(best + factor))
+            hits.append(float(y[cut:].max() > best + factor))
+    hits, said = np.array(hits), np.array(said)
+    error = math.sqrt((said * (1 - said)).sum()) / len(said) * math.sqrt(2)  # pairs of one curve
+    assert abs(hits.mean() - said.mean()) < 3.5 * error + 0.03  # the network's own error
+
+
+def test_an_empty_curve_has_the_prior_and_a_whole_one_has_no_rest() -> None:
+    before = extrapolate([], 30, bounds=(0, 1))
+    assert before.batch_shape == (30,) and bool(before.mean.isfinite().all())
+    after = extrapolate(ACCURACY, 15)
+    assert after.batch_shape == (0,) and after.prob_best(0.5) == 0
+    assert after.sample_paths(3).shape == (3, 0)
+
+
+def test_divergence_is_information() -> None:
+    values = LOSS.copy()
+    values[10:] = np.nan
+    curve = extrapolate(values, 40, mode="min")
+    assert (curve.prob_diverged() > 0.5).all()
+    assert curve.prob_best(0.5) < 0.1
+    fine = extrapolate(LOSS, 40, mode="min")
+    assert (fine.prob_diverged() < 0.1).all() and bool(fine.mean.isfinite().all())
+    for bad in ([math.inf] * 4, [math.nan] * 4, [3.0, math.inf, 2.0, math.nan]):
+        assert bool(extrapolate(bad, 20, mode="min").icdf(0.5).isfinite().all())
+
+
+def test_flat_constant_and_extreme_values_get_an_answer() -> None:
+    for values in ([0.5] * 10, [0.0] * 5, [1.0] * 5, [1e-12, 2e-12], [1e12, 1e11], [5], [1, 0, 1]):
+        for mode in ("max", "min"):
+            curve = extrapolate(values, 20, mode=mode)
+            assert bool(curve.mean.isfinite().all()) and bool((curve.stddev > 0).all())
+
+
+def test_long_curves_are_thinned_to_what_the_network_was_trained_for() -> None:
+    assert thin(10, 128).tolist() == list(range(10))
+    kept = thin(1000, 128)
+    assert len(kept) <= 128 and kept[-1] == 999 and len(set(kept.diff().tolist())) == 1
+    y = 0.9 - 0.6 / np.sqrt(np.arange(1.0, 1001))
+    curve = extrapolate(y, 2000)
+    assert curve.batch_shape == (1000,) and float((curve.mean[-1] - 0.88).abs()) < 0.05
+
+
+def test_remaining_steps_go_on_as_those_seen_and_end_at_the_horizon() -> None:
+    assert remaining_steps(np.array([10.0, 20, 30]), 55).tolist() == [40, 50, 55]
+    assert remaining_steps(np.array([]), 3).tolist() == [1, 2, 3]
+    assert remaining_steps(np.array([1.0, 2]), 2).tolist() == []
+    with pytest.raises(ValueError, match="at most"):
+        remaining_steps(np.array([1.0]), 1e6)
+
+
+def test_expected_improvement_and_scores_agree_with_draws() -> None:
+    end = extrapolate(LOSS, 40, mode="min")[-1]
+    draws = end.sample((40_000,), generator=torch.Generator().manual_seed(1))
+    best = float(end.icdf(0.4))
+    gain = (best - draws).clamp_min(0)
+    error = float(gain.std()) / 200
+    assert float(end.expected_improvement(best, maximize=False)) == pytest.approx(
+        float(gain.mean()), abs=4 * error + 0.01 * float(end.stddev)
+    )
+    pair = (draws[:20_000] - draws[20_000:]).abs().mean() / 2
+    crps = float((draws - best).abs().mean() - pair)
+    assert float(end.crps(best)) == pytest.approx(crps, rel=0.05)
+    assert_allclose(float(end.entropy()), -float(end.log_prob(draws).mean()), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([[0.1, 0.2]], 10), "shape \\(n,\\)"),
+        ((["a"], 10), "numbers"),
+        (([0.1] * 11, 10), "horizon of at least"),
+        (([0.1], 10, [1, 2]), "one step for each"),
+        (([0.1], 10, None, "up"), "mode among"),
+        (([0.1], 10, None, "max", (0.5, 1)), "within the bounds"),
+    ],
+)
+def test_bad_input_is_refused(arguments, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        extrapolate(*arguments)
+
+
+def test_questions_that_make_no_sense_are_refused() -> None:
+    curve = extrapolate(ACCURACY, 40)
+    with pytest.raises(ValueError, match="finite best"):
+        curve.prob_best(math.nan)
+    with pytest.raises(ValueError, match="n >= 1"):
+        curve.sample_paths(0)
+    with pytest.raises(ValueError, match="no affine map"):
+        curve.affine(0.0, 2.0)
+    with pytest.raises(ValueError, match="remain"):
+        extrapolate(ACCURACY, 15).prob_above(0.5)
