@@ -18,17 +18,22 @@ from torch.types import _size
 
 import pfn
 from pfn import PFN, Predictive
+from pfn.units import FromContext
 from surrogates.metrics import Bounds, Metric, check_steps, check_values, read_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
 MODEL = "curves"
-LEVELS = 256  # probabilities, evenly spaced, at which each marginal is tabulated
+# normal scores at which each marginal is tabulated, and their probabilities
+SCORES = torch.linspace(-5.0, 5.0, 161, dtype=torch.float64)
+_ENDS = torch.special.ndtr((SCORES[1:] + SCORES[:-1]) / 2)
+WEIGHTS = torch.diff(_ENDS, prepend=_ENDS.new_zeros(1), append=_ENDS.new_ones(1))
 EDGE = 1e-4  # y of an unbounded metric this near to its open end is the end
 DIVERGED = 0.01  # y below which an unbounded metric has diverged: a loss of 100 times the first
-DRAWS = 2048  # of the rest of a curve, behind joint probabilities
-MEMORY = 0.25  # power of the ratio of variances that correlates two steps, see `Curve`
+DRAWS = 1024  # of the rest of a curve, behind joint probabilities
+MEMORY, COMMON = 0.25, 0.6  # of the copula of remaining steps, see `Curve`
 MOST_STEPS = 10_000  # steps that are predicted
 
 
@@ -87,27 +92,27 @@ class MetricPredictive(Predictive):
 
     def entropy(self) -> Tensor:
         """-E[log density] in nats, of the metric in its units."""
-        return -self.log_prob(self._table).mean(0)
+        return -(self._shares() * self.log_prob(self._table)).sum(0)
 
     def crps(self, value: float | Tensor) -> Tensor:
         """E|v - value| - E|v - v'| / 2, lower is better."""
-        table = self._table.sort(0).values
-        rank = torch.arange(1, LEVELS + 1, dtype=torch.float64) * 2 - LEVELS - 1
-        rank = rank.reshape(-1, *[1] * (table.dim() - 1))
-        apart = 2 * (rank * table).sum(0) / LEVELS**2
-        to_value = (table - self._checked(value)).abs().mean(0)
+        table, weights = self._table, self._shares()
+        if self.metric.sign < 0:
+            table, weights = table.flip(0), weights.flip(0)
+        apart = 2 * (weights * (2 * weights.cumsum(0) - weights - 1) * table).sum(0)
+        to_value = (weights * (table - self._checked(value)).abs()).sum(0)
         return self._out(to_value - apart / 2)
 
     # what the rest of a `Predictive` is derived from, in values of the metric
 
     @functools.cached_property
     def _table(self) -> Tensor:
-        """Values (level, ...) at evenly spaced probabilities of y."""
+        """Values (score, ...) at the quantiles of y that have the normal scores `SCORES`."""
         return self.metric.decode(self._y_table)
 
     @functools.cached_property
     def _y_table(self) -> Tensor:
-        levels = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+        levels = torch.special.ndtr(SCORES)
         return self._y_at(levels.reshape(-1, *[1] * len(self.batch_shape)))
 
     def _y_at(self, probability: Tensor) -> Tensor:
@@ -144,13 +149,18 @@ class MetricPredictive(Predictive):
         uniform = torch.rand(shape, dtype=torch.float64, generator=generator)
         return self.metric.decode(self._y_at(uniform))
 
+    def _shares(self) -> Tensor:
+        """Probabilities of the tabulated values, (score, 1, ...)."""
+        return WEIGHTS.reshape(-1, *[1] * len(self.batch_shape))
+
     def _weights(self) -> Tensor:
-        """Of the tabulated values in moments (level, ...): of runs that do not diverge, if most."""
+        """Of the tabulated values in moments (score, ...): of runs that do not diverge, if most."""
+        weights = self._shares().expand_as(self._y_table)
         if math.isfinite(self.metric.bottom):
-            return torch.full_like(self._table, 1 / LEVELS)
-        kept = (self._y_table >= DIVERGED).double()
-        share = kept.mean(0)
-        return torch.where(share >= 0.5, kept / share.clamp_min(0.5), 1.0) / LEVELS
+            return weights
+        kept = weights * (self._y_table >= DIVERGED)
+        share = kept.sum(0)
+        return torch.where(share >= 0.5, kept / share.clamp_min(0.5), weights)
 
     def _mean(self) -> Tensor:
         return (self._weights() * self._table).sum(0)
@@ -161,7 +171,8 @@ class MetricPredictive(Predictive):
     def _log_improvement(self, best: float | Tensor, maximize: bool) -> Tensor:
         gain = self._table - self._checked(best)
         gain = (gain if maximize else -gain).clamp_min(0)
-        return gain.mean(0).clamp_min(torch.finfo(torch.float64).tiny).log()
+        gain = (self._shares() * gain).sum(0)
+        return gain.clamp_min(torch.finfo(torch.float64).tiny).log()
 
 
 class TimeTo(NamedTuple):
@@ -186,11 +197,12 @@ class Curve(MetricPredictive):
     """The rest of a learning curve, batch_shape (rest,), in the metric's units.
 
     Its marginals are the network's. Together, two steps s < t are related by a normal copula. A
-    value's normal score is sqrt(r) u + sqrt(1 - r) e: u of the noise-free curve, e of independent
-    noise, and r the share of the spread that is the curve's. The scores u are correlated by
-    (v_s / v_t)^MEMORY, where v is the noise-free variance, which grows with time: 0 would be curves
-    that keep their rank for ever, 1/2 curves with independent increments. MEMORY is what fits draws
-    of the prior best.
+    value's normal score is sqrt(r) u + sqrt(1 - r) e: u of the noise-free curve, e of the noise, and
+    r the curve's share in the variance. The scores u are correlated by (v_s / v_t)^MEMORY, where v
+    is the noise-free variance, which grows with time: 0 would be curves that keep their rank for
+    ever, 1/2 curves with independent increments. The scores e are correlated by COMMON: heavy tails
+    are noise of unknown size, which all steps share. Both numbers are those that predict best, on
+    draws of the prior, whether the best of the rest beats a value.
 
     Attributes:
         steps: (rest,) of the predictives.
@@ -201,7 +213,7 @@ class Curve(MetricPredictive):
     def __init__(
         self,
         marginals: Predictive,
-        curve_spread: Tensor,
+        noise_free: Predictive,
         metric: Metric,
         steps: Tensor,
         values: Tensor,
@@ -210,7 +222,11 @@ class Curve(MetricPredictive):
     ) -> None:
         super().__init__(marginals, metric)
         self.steps, self.values, self.seen, self.horizon = steps, values, seen, horizon
-        self._curve_spread = curve_spread
+        variance = noise_free.variance.clamp_min(1e-18)
+        self._share = (variance / marginals.variance).clamp(0, 1)
+        clock = (variance.cummax(0).values if len(steps) else variance) ** (2 * MEMORY)
+        passed = torch.diff(clock, prepend=clock.new_zeros(1)) if len(steps) else clock
+        self._moves = passed.clamp_min(0).sqrt(), clock.sqrt()
 
     def sample_paths(self, n: int, *, seed: int = 0) -> Tensor:
         """Joint draws (n, rest) of the metric at the remaining steps."""
@@ -223,8 +239,13 @@ class Curve(MetricPredictive):
         if not len(self.steps):
             return 0.0
         sign = self.metric.sign
-        best_of_each = (sign * self.sample_paths(DRAWS)).amax(-1)
-        return float((best_of_each > sign * best + min_delta).double().mean())
+        level = torch.as_tensor(best + sign * min_delta, dtype=torch.float64)
+        worse = self._tail(level, sign).clamp(1e-15, 1 - 1e-15)  # (rest,) marginally
+        shared = self._scores(DRAWS, torch.Generator().manual_seed(0))
+        noise = ((1 - self._share) * (1 - COMMON)).sqrt().clamp_min(1e-6)
+        # given these all steps are independent: no more is drawn
+        below = (torch.special.ndtri(worse) - shared) / noise
+        return float(-torch.expm1(torch.special.log_ndtr(below).sum(-1)).mean())
 
     def prob_above(self, value: float) -> float:
         """P(the value at the horizon is above `value`), or below it where lower is better."""
@@ -252,31 +273,27 @@ class Curve(MetricPredictive):
             raise ValueError(f"Expected n >= 1 paths; got {n}.")
         generator = torch.Generator().manual_seed(seed)
         count = len(self.steps)
-        curve, noise = torch.randn(2, n, count, dtype=torch.float64, generator=generator)
-        total = self._y_spread
-        share = (self._curve_spread / total).square().clamp(0, 1)
-        clock = self._curve_spread.square().cummax(0).values.clamp_min(1e-300) ** (2 * MEMORY)
-        passed = torch.diff(clock, prepend=clock.new_zeros(1)).clamp_min(0)
-        u = (passed.sqrt() * curve).cumsum(-1) / clock.sqrt()
-        scores = share.sqrt() * u + (1 - share).sqrt() * noise
-        where = torch.special.ndtr(scores) * LEVELS - 0.5
-        low = where.floor().clamp(0, LEVELS - 2).long()
-        table = self._y_table.T  # (rest, level)
+        shared = self._scores(n, generator)
+        noise = torch.randn(n, count, dtype=torch.float64, generator=generator)
+        scores = shared + ((1 - self._share) * (1 - COMMON)).sqrt() * noise
+        where = (scores - SCORES[0]) / (SCORES[1] - SCORES[0])
+        low = where.floor().clamp(0, len(SCORES) - 2).long()
+        table = self._y_table.T  # (rest, score)
         rows = torch.arange(count)
         below, above = table[rows, low], table[rows, low + 1]
-        y = below + (where - low) * (above - below)
+        y = below + (where - low).clamp(0, 1) * (above - below)
         return y.clamp(*self._ends)
 
-    @functools.cached_property
-    def _y_spread(self) -> Tensor:
-        """Half the distance between the 16 % and 84 % quantiles of y (rest,)."""
-        return spread(self._y_table)
+    def _scores(self, n: int, generator: torch.Generator) -> Tensor:
+        """What steps share of their normal scores, (n, rest): the curve's and common noise.
 
-
-def spread(table: Tensor) -> Tensor:
-    """Half the distance between the 16 % and 84 % quantiles of a table (level, ...)."""
-    low, high = table[round(0.16 * LEVELS)], table[round(0.84 * LEVELS) - 1]
-    return ((high - low) / 2).clamp_min(1e-9)
+        The curve's are a walk by the clock of its variance.
+        """
+        each, total = self._moves
+        steps = torch.randn(n, len(self.steps), dtype=torch.float64, generator=generator)
+        common = torch.randn(n, 1, dtype=torch.float64, generator=generator)
+        walk = (each * steps).cumsum(-1) / total
+        return self._share.sqrt() * walk + ((1 - self._share) * COMMON).sqrt() * common
 
 
 def extrapolate(
@@ -319,10 +336,10 @@ def extrapolate(
     metric = read_metric(array, mode, bounds)
     rest = remaining_steps(seen, float(horizon))
     network = load(model) if isinstance(model, str) else model
-    marginals, curve = ask(network, metric, array, seen, rest, float(horizon))
+    marginals, noise_free = ask(network, metric, array, seen, rest, float(horizon))
     return Curve(
         marginals,
-        curve,
+        noise_free,
         metric,
         torch.from_numpy(rest),
         torch.from_numpy(array),
@@ -332,24 +349,32 @@ def extrapolate(
 
 
 def ask(
-    network: PFN,
-    metric: Metric,
-    values: np.ndarray[Any, np.dtype[np.float64]],
-    seen: np.ndarray[Any, np.dtype[np.float64]],
-    rest: np.ndarray[Any, np.dtype[np.float64]],
-    horizon: float,
-) -> tuple[Predictive, Tensor]:
-    """Predictives of y (rest,), and the spread of the noise-free curve in the same units."""
+    network: PFN, metric: Metric, values: Array, seen: Array, rest: Array, horizon: float
+) -> tuple[Predictive, Predictive]:
+    """Predictives (rest,) of y and of the noise-free curve, of one pass through the network."""
     y = metric.encode(torch.from_numpy(values))
     keep = thin(len(y), network.card.max_context)
-    context = (torch.from_numpy(seen / horizon)[keep].unsqueeze(-1), y[keep])
-    fitted = network.condition(context, standardize=False)
-    times = torch.from_numpy(rest / horizon).unsqueeze(-1)
-    marginals = fitted.predict(times)
-    curve = fitted.predict(times, latent=True)
-    levels = torch.tensor([0.16, 0.84], dtype=torch.float64).unsqueeze(-1)
-    low, high = curve.icdf(levels) if len(rest) else torch.zeros(2, 0, dtype=torch.float64)
-    return marginals, ((high - low) / 2).clamp_min(1e-12)
+    x = torch.from_numpy(seen / horizon)[keep]
+    times = torch.from_numpy(rest / horizon)
+    with torch.inference_mode():
+        told, _ = network.transformer.answer(
+            x.float()[None, :, None],
+            y.float()[None, keep],
+            None,
+            FromContext(),
+            times.float()[None, :, None],
+        )
+        both = [network.transformer.mixture_y(told), network.transformer.mixture_f(told)]
+    first, second = (
+        Predictive(
+            mixture.log_weights[0].double().clone(),
+            mixture.means[0].double().clone(),
+            mixture.log_stds[0].double().exp().clone(),
+            validate_args=False,
+        )
+        for mixture in both
+    )
+    return first, second
 
 
 @functools.lru_cache(4)
@@ -358,9 +383,7 @@ def load(name: str) -> PFN:
     return pfn.load(name)
 
 
-def remaining_steps(
-    seen: np.ndarray[Any, np.dtype[np.float64]], horizon: float
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+def remaining_steps(seen: Array, horizon: float) -> Array:
     """Steps after the last one seen, at the spacing so far, up to the horizon and with it.
 
     Raises:

@@ -24,5 +24,5 @@ config = PretrainConfig(
     bounded_share=0.0,
     bf16=False,
     lr=2e-3,
-    seconds=4500,
+    seconds=3900,
 )

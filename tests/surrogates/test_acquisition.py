@@ -67,7 +67,7 @@ def test_without_constraints_it_is_botorchs_log_expected_improvement():
 def test_the_gain_of_a_network_is_limited_and_agrees_with_monte_carlo(untrained):
     X, Y = data(bowl)
     model = surrogates.fit("pfn", X, Y, model=untrained)
-    best = model.posterior(X).mean.max()
+    best = model.posterior(X).mean.max().maximum(Y.max())
     points = CUBE.sobol(8, seed=1)
     g = torch.Generator().manual_seed(0)
     draws = model.posterior(points).marginals.sample((20_000,), generator=g)
@@ -78,6 +78,22 @@ def test_the_gain_of_a_network_is_limited_and_agrees_with_monte_carlo(untrained)
     unseen = most * 15 / len(gain)  # what no draw shows, but for 3 times in 10 million
     assert bool(((value - gain.mean(0)).abs() < 5 * error + unseen).all())
     assert bool((gain.amax(0) == most).any())  # else the limit was not tried
+
+
+@pytest.mark.parametrize("up", [3.0, -3.0])
+def test_the_networks_incumbent_is_what_was_seen_where_that_is_better(up):
+    X, Y = data(bowl)
+    Y[4] += up * Y.std()  # as a seed would have it
+    model = surrogates.fit("pfn", X, Y)
+    points = CUBE.sobol(8, seed=1)
+    best = max(_moments(model, X)[0].max(), Y.max())
+    if up > 0:
+        assert best > _moments(model, X)[0].max()  # the network does not believe it all
+    predictive = model.posterior(points).marginals
+    most = GAIN * Y.std()
+    expected = predictive.expected_improvement(best) - predictive.expected_improvement(best + most)
+    value = make_acquisition(model, X, Y)(points).detach().exp()
+    assert torch.allclose(value, expected.detach(), rtol=1e-3, atol=1e-12)
 
 
 def test_a_constraint_adds_the_logarithm_of_its_probability():

@@ -157,9 +157,9 @@ def test_hugging_face(rate: float, best: float, stops: bool, tmp_path) -> None:
     rows = [{"x": a, "labels": b} for a, b in zip(*data(), strict=True)]
     callback = TrainerCurveStopping("loss", best, "min", warmup=4, verbose=False)
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=EPOCHS, eval_strategy="epoch", learning_rate=rate,
-        per_device_train_batch_size=64, save_strategy="no", report_to=[], disable_tqdm=True,
-        use_cpu=True, logging_strategy="no", lr_scheduler_type="constant",
+        output_dir=str(tmp_path), num_train_epochs=EPOCHS, eval_strategy="epoch",
+        learning_rate=rate, per_device_train_batch_size=64, save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True, logging_strategy="no", lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = transformers.Trainer(
         Net(), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback]

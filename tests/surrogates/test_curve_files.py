@@ -1,0 +1,121 @@
+"""Curves from files, and `pfn extrapolate` as a process."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from surrogates.curve_files import read_curve
+
+GOOD = 0.9 - 0.6 / np.sqrt(np.arange(1.0, 21))
+POOR = 0.5 - 0.3 * 0.6 ** np.arange(20)
+
+
+def write(path: Path, values, steps=None, name: str = "val_acc") -> Path:
+    rows = ["step," + name] + [
+        f"{step},{value}" for step, value in zip(steps or range(1, 99), values, strict=False)
+    ]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def pfn(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pfn", "extrapolate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_tables_with_and_without_steps(tmp_path) -> None:
+    path = write(tmp_path / "a.csv", [0.1, 0.2, 0.3], [10, 20, 30])
+    seen = read_curve(path)
+    assert seen.name == "val_acc"
+    assert seen.steps.tolist() == [10, 20, 30] and seen.values.tolist() == [0.1, 0.2, 0.3]
+    (tmp_path / "b.csv").write_text("loss\n1.0\n\nnan\n0.5\n")
+    alone = read_curve(tmp_path / "b.csv")
+    assert alone.steps is None and np.isnan(alone.values[1]) and len(alone.values) == 3
+
+
+def test_rows_out_of_order_repeated_or_counted_from_nothing(tmp_path) -> None:
+    path = write(tmp_path / "a.csv", [0.3, 0.1, 0.2, 0.25], [2, 0, 1, 1])
+    seen = read_curve(path)
+    assert seen.steps.tolist() == [1, 2, 3] and seen.values.tolist() == [0.1, 0.25, 0.3]
+
+
+def test_the_metric_is_chosen_by_name_and_lightnings_gaps_are_kept_out(tmp_path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,train,val\n0,2.0,\n0,,0.4\n1,1.5,\n1,,0.5\n")
+    with pytest.raises(ValueError, match="--metric, one of the columns"):
+        read_curve(path)
+    with pytest.raises(ValueError, match="'test'"):
+        read_curve(path, "test")
+    assert read_curve(path, "val").values.tolist() == [0.4, 0.5]
+    assert read_curve(path, "val").steps.tolist() == [1, 2]
+
+
+def test_tensorboard_logs(tmp_path) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step, value in enumerate(GOOD[:6]):
+            writer.add_scalar("val/acc", value, step)
+            writer.add_scalar("loss", 1.0, step)
+    seen = read_curve(tmp_path, "val/acc")
+    assert seen.steps.tolist() == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(seen.values, GOOD[:6], rtol=1e-6)
+    with pytest.raises(ValueError, match="one of the scalars"):
+        read_curve(tmp_path)
+
+
+def test_the_command_prints_json_and_draws(tmp_path) -> None:
+    path = write(tmp_path / "c.csv", POOR)
+    figure = tmp_path / "c.png"
+    done = pfn(path, "--horizon", 40, "--best", 0.85, "--plot", figure, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["stop"] and answer["observed"] == 20 and len(answer["q50"]) == 20
+    assert answer["q05"][-1] < answer["q50"][-1] < answer["q95"][-1]
+    assert answer["probability"] < 0.05 and "0.85" in answer["reason"]
+    assert figure.stat().st_size > 5000
+    words = pfn(path, "--horizon", 40, "--best", 0.55)
+    assert words.returncode == 0 and ("Stop." in words.stdout or "Go on." in words.stdout)
+    assert "median" in words.stdout
+
+
+def test_bad_input_ends_with_one_line_and_code_2(tmp_path) -> None:
+    path = write(tmp_path / "c.csv", POOR)
+    for arguments, words in (
+        ((tmp_path / "none.csv", "--horizon", 40), "there is no file"),
+        ((path, "--horizon", 5), "horizon of at least"),
+        ((path, "--horizon", 40, "--mode", "up"), "mode among"),
+        ((path, "--horizon", 40, "--low", 0.3), "within the bounds"),
+        ((path, "--horizon", 40, "--plot", tmp_path / "x.abc"), "figure of a type"),
+    ):
+        done = pfn(*arguments)
+        assert done.returncode == 2 and done.stdout == ""
+        assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_watching_a_growing_table_ends_at_the_stop(tmp_path) -> None:
+    path = tmp_path / "growing.csv"
+
+    def grow() -> None:
+        for count in range(4, 21, 4):
+            write(path, POOR[:count])
+            time.sleep(0.3)
+
+    writer = threading.Thread(target=grow)
+    writer.start()
+    done = pfn(path, "--horizon", 40, "--best", 0.9, "--watch", "--every", 0.1, "--json")
+    writer.join()
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers[-1]["stop"] and not any(a["stop"] for a in answers[:-1])
+    assert all(math.isfinite(q) for a in answers for q in a["q50"])
