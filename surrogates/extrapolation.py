@@ -197,12 +197,12 @@ class Curve(MetricPredictive):
     """The rest of a learning curve, batch_shape (rest,), in the metric's units.
 
     Its marginals are the network's. Together, two steps s < t are related by a normal copula. A
-    value's normal score is sqrt(r) u + sqrt(1 - r) e: u of the noise-free curve, e of the noise, and
-    r the curve's share in the variance. The scores u are correlated by (v_s / v_t)^MEMORY, where v
-    is the noise-free variance, which grows with time: 0 would be curves that keep their rank for
-    ever, 1/2 curves with independent increments. The scores e are correlated by COMMON: heavy tails
-    are noise of unknown size, which all steps share. Both numbers are those that predict best, on
-    draws of the prior, whether the best of the rest beats a value.
+    value's normal score is sqrt(r) u + sqrt(1 - r) e: u of the noise-free curve, e of the noise,
+    and r the curve's share in the variance. The scores u are correlated by (v_s / v_t)^MEMORY,
+    where v is the noise-free variance, which grows with time: 0 would be curves that keep their
+    rank for ever, 1/2 curves with independent increments. The scores e are correlated by COMMON:
+    heavy tails are noise of unknown size, which all steps share. Both numbers are those that
+    predict best, on draws of the prior, whether the best of the rest beats a value.
 
     Attributes:
         steps: (rest,) of the predictives.
