@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp  ## predictions on real data, beside a fitted GP
 test: $(VENV)/test.stamp  ## everything that decides, in minutes; notebooks run small
 	SMOKE_TEST=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" --nbmake tests $(NOTEBOOKS)
 
-test-all: $(VENV)/test.stamp  ## and the slow tests, and notebooks in full
+test-all: $(VENV)/all.stamp  ## and the slow tests, those of plugs, and notebooks in full
 	$(BIN)/python -m pytest -n 2 -q --nbmake tests $(NOTEBOOKS)
 
 lint: $(VENV)/test.stamp
@@ -39,5 +39,9 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 $(VENV)/test.stamp: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once, a few minutes) ..."
 	@$(call install,test) && touch $(VENV)/demo.stamp # whose extras are among these
+
+$(VENV)/all.stamp: $(VENV)/test.stamp
+	@echo "Installing into $(VENV) what the plugs plug into ..."
+	@$(call install,test$(,)plugs)
 
 , := ,

@@ -307,6 +307,8 @@ def _coverage(
     groups = math.ceil(tasks / GROUP)
     largest = pfn.card.max_context
     pit: dict[bool, list[Tensor]] = {False: [], True: []}
+    if pfn.card.architecture.causal:  # whose units are the prior's
+        del pit[True]
     for group in range(groups):
         n = round((largest + 1) ** ((group + 0.5) / groups)) - 1
         d = 1 + group % pfn.card.d_range[1]

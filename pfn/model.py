@@ -153,6 +153,8 @@ class PFN:
         self._check_sizes(n, d, extrapolate_n)
         if bounds is not None and not standardize:
             raise ValueError("Expected no bounds with standardize=False, which leaves x as it is.")
+        if self.card.architecture.causal:
+            self._check_order(checked.x, standardize)
         in_units = context_units if standardize else prior_units
         units = in_units(checked.x, checked.y)
         if bounds is not None:
@@ -169,6 +171,18 @@ class PFN:
             None if known is None else known.to(parameter),
             FromContext(standardize and n > 0 and bounds is None, standardize and n > 0),
         )
+
+    def _check_order(self, x: Tensor, standardize: bool) -> None:
+        if standardize:
+            raise ValueError(
+                f"Expected standardize=False for model {self.card.name!r}, whose x and y have units"
+                " of their own; surrogates.extrapolate maps a metric to them."
+            )
+        if bool((x.diff(dim=1) < 0).any()):
+            raise ValueError(
+                f"Expected context rows in order of time for model {self.card.name!r}; got x that"
+                " decreases."
+            )
 
     def _encode(self, ready: Ready) -> Fitted:
         with _recording(ready.x, ready.y, ready.known, keep=True):

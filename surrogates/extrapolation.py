@@ -18,6 +18,7 @@ from torch.types import _size
 
 import pfn
 from pfn import PFN, Predictive
+from pfn.transformer import Mixture
 from pfn.units import FromContext
 from surrogates.metrics import Bounds, Metric, check_steps, check_values, read_metric
 
@@ -31,7 +32,7 @@ SCORES = torch.linspace(-5.0, 5.0, 161, dtype=torch.float64)
 _ENDS = torch.special.ndtr((SCORES[1:] + SCORES[:-1]) / 2)
 WEIGHTS = torch.diff(_ENDS, prepend=_ENDS.new_zeros(1), append=_ENDS.new_ones(1))
 EDGE = 1e-4  # y of an unbounded metric this near to its open end is the end
-DIVERGED = 0.01  # y below which an unbounded metric has diverged: a loss of 100 times the first
+DIVERGED = 0.1  # y below which an unbounded metric has diverged: a loss of 9 times the first
 DRAWS = 1024  # of the rest of a curve, behind joint probabilities
 MEMORY, COMMON = 0.25, 0.6  # of the copula of remaining steps, see `Curve`
 MOST_STEPS = 10_000  # steps that are predicted
@@ -52,19 +53,15 @@ class MetricPredictive(Predictive):
     """
 
     def __init__(self, marginals: Predictive, metric: Metric) -> None:
-        super().__init__(
-            marginals.log_weights.double(),
-            marginals.means.double(),
-            marginals.stds.double(),
-            validate_args=False,
-        )
-        self.metric = metric
+        parts = (marginals.log_weights, marginals.means, marginals.stds)
+        super().__init__(*(part.double() for part in parts), validate_args=False)
+        self.metric, self._y = metric, Predictive(*parts, validate_args=False)
         open_below = not math.isfinite(metric.bottom)
         open_above = not math.isfinite(metric.top)
         self._ends = (EDGE if open_below else 0.0, 1 - EDGE if open_above else 1.0)
         ends = torch.tensor(self._ends, dtype=torch.float64)
-        below = super()._tail(ends[0])
-        above = super()._tail(ends[1], -1.0)
+        below = self._y._tail(ends[0])
+        above = self._y._tail(ends[1], -1.0)
         self._below, self._inside = below, (1 - below - above).clamp_min(1e-12)
 
     def __repr__(self) -> str:
@@ -85,7 +82,7 @@ class MetricPredictive(Predictive):
         return values.gather(0, self.log_prob(values).argmax(0, keepdim=True)).squeeze(0)
 
     def prob_diverged(self) -> Tensor:
-        """P(y < 0.01), the loss at 100 times the first, say; 0 where the bad side is bounded."""
+        """P(y < 0.1), a loss of nine times the first, say; 0 where the bad side is bounded."""
         if math.isfinite(self.metric.bottom):
             return torch.zeros(self.batch_shape, dtype=torch.float64)
         return self._of_y(torch.tensor(DIVERGED, dtype=torch.float64))
@@ -118,18 +115,18 @@ class MetricPredictive(Predictive):
     def _y_at(self, probability: Tensor) -> Tensor:
         """Quantiles of y within its ends."""
         p = self._below + self._inside * probability
-        return super()._solve(p.clamp(1e-15, 1 - 1e-15)).clamp(*self._ends)
+        return self._y._solve(p.clamp(1e-15, 1 - 1e-15)).clamp(*self._ends)
 
     def _of_y(self, y: Tensor) -> Tensor:
         """P(Y <= y) of the truncated mixture."""
-        return ((super()._tail(y) - self._below) / self._inside).clamp(0, 1)
+        return ((self._y._tail(y) - self._below) / self._inside).clamp(0, 1)
 
     def _encode(self, value: Tensor) -> Tensor:
         return self.metric.encode(value).clamp(*self._ends)
 
     def _log_q(self, value: Tensor) -> Tensor:
         y = self._encode(value)
-        inner = super()._log_q(y) - self._inside.log()
+        inner = self._y._log_q(y) - self._inside.log()
         return inner + self.metric.log_slope(y)
 
     def _tail(self, value: Tensor, side: float | Tensor = 1.0) -> Tensor:
@@ -348,6 +345,38 @@ def extrapolate(
     )
 
 
+def surprise(
+    values: Any,
+    horizon: float,
+    steps: Sequence[float] | None = None,
+    mode: str = "max",
+    bounds: Bounds | None = None,
+    *,
+    model: str | PFN = MODEL,
+) -> float:
+    """The p-value of a curve under the prior: small where it is none that the network knows.
+
+    Fisher's combination of the two-sided tail probabilities of each value given those before it:
+    minus twice the sum of their n logarithms is chi-squared with 2 n degrees of freedom, if the
+    curve is a draw of the prior and the network its posterior. Arguments are those of
+    `extrapolate`.
+    """
+    array = check_values(values)
+    seen = check_steps(steps, len(array), horizon)
+    network = load(model) if isinstance(model, str) else model
+    keep = thin(len(array), network.card.max_context)
+    y = read_metric(array, mode, bounds).encode(torch.from_numpy(array))[keep].float()[None]
+    x = torch.from_numpy(seen / horizon)[keep].float()[None, :, None]
+    with torch.inference_mode():
+        nothing = network.transformer.encode(x[:, :0], y[:, :0])
+        before = torch.arange(len(keep))  # what each value is predicted from
+        told = network.transformer.decode(nothing, x, buffer=(x, y), visible=before)
+        below = _predictive(network.transformer.mixture_y(told)).cdf(y[0].double())
+    tails = (2 * torch.minimum(below, 1 - below)).clamp(1e-12, 1)
+    count = torch.tensor(float(len(keep)), dtype=torch.float64)
+    return float(torch.special.gammaincc(count, -tails.log().sum())) if len(keep) else 1.0
+
+
 def ask(
     network: PFN, metric: Metric, values: Array, seen: Array, rest: Array, horizon: float
 ) -> tuple[Predictive, Predictive]:
@@ -364,17 +393,14 @@ def ask(
             FromContext(),
             times.float()[None, :, None],
         )
-        both = [network.transformer.mixture_y(told), network.transformer.mixture_f(told)]
-    first, second = (
-        Predictive(
-            mixture.log_weights[0].double().clone(),
-            mixture.means[0].double().clone(),
-            mixture.log_stds[0].double().exp().clone(),
-            validate_args=False,
-        )
-        for mixture in both
-    )
-    return first, second
+        y_rest, f_rest = network.transformer.mixture_y(told), network.transformer.mixture_f(told)
+    return _predictive(y_rest), _predictive(f_rest)
+
+
+def _predictive(mixture: Mixture) -> Predictive:
+    """The only task's mixtures, in float64 and free of inference mode."""
+    log_weights, means, log_stds = (part[0].double().clone() for part in mixture)
+    return Predictive(log_weights, means, log_stds.exp(), validate_args=False)
 
 
 @functools.lru_cache(4)

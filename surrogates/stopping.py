@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from pfn import PFN
-from surrogates.extrapolation import MODEL, Curve, extrapolate
-from surrogates.metrics import MODES, Bounds, check_steps, check_values, read_metric
+from surrogates.extrapolation import MODEL, Curve, extrapolate, surprise
+from surrogates.metrics import Bounds, check_steps, check_values, read_metric
 
 PAUSE = 0.1  # of the tolerated probability: a run that is stopped with more than that may resume
-PREFIXES = 8  # one-step predictions behind the check that a curve is within the prior
-OUTSIDE = 1e-4  # p-value of that check
+OUTSIDE = 1e-4  # p-value below which a curve is unlike any of the prior
 
 
 class Decision(NamedTuple):
@@ -216,7 +215,14 @@ def judge(
         words += f", for {hopeless + 1} of {criterion.patience} updates"
         return Decision(False, False, probability, final, reason.format(words), curve)
     if criterion.check_prior:
-        p = p_value_of(criterion, array, np.asarray(steps, dtype=np.float64))
+        p = surprise(
+            array,
+            criterion.horizon,
+            steps,
+            criterion.mode,
+            criterion.bounds,
+            model=criterion.model,
+        )
         if p < OUTSIDE:
             words += f", but the curve is unlike any that the model knows (p = {p:.1g})"
             return Decision(False, False, probability, final, reason.format(words), curve)
@@ -241,37 +247,9 @@ def find_incumbent(
     return incumbent, "the best so far," if incumbent in given else "its own best,"
 
 
-def p_value_of(
-    criterion: Criterion, values: NDArray[np.float64], steps: NDArray[np.float64]
-) -> float:
-    """Whether the values are such as the model would have predicted, one step ahead each.
-
-    Fisher's combination of two-sided tail probabilities of the next value after up to `PREFIXES`
-    evenly spaced beginnings: minus twice the sum of their logarithms is chi-squared with two
-    degrees of freedom for each, if the model is right.
-    """
-    first = min(max(1, criterion.warmup), len(values) - 1)
-    ends = np.unique(np.linspace(first, len(values) - 1, PREFIXES).round().astype(int))
-    total = 0.0
-    for n in ends:
-        horizon, mode, bounds = criterion.horizon, criterion.mode, criterion.bounds
-        curve = extrapolate(
-            values[:n], horizon, steps[:n].tolist(), mode, bounds, model=criterion.model
-        )
-        nearest = int((curve.steps - steps[n]).abs().argmin())
-        value = values[n] if math.isfinite(values[n]) else curve.metric.decode(torch.tensor(1e-4))
-        below = float(curve[nearest].cdf(float(value)))
-        total -= 2 * math.log(max(2 * min(below, 1 - below), 1e-12))
-    half, count = total / 2, len(ends)  # the tail of a chi-squared with an even number
-    return math.exp(-half) * sum(half**k / math.factorial(k) for k in range(count))
-
-
 def _unasked(stop: bool, reason: str) -> Decision:
     return Decision(stop, False, math.nan, (math.nan,) * 3, reason, None)
 
 
 def _percent(p: float) -> str:
     return f"{100 * p:.2g} %"
-
-
-__all__ = ["MODES", "Criterion", "Decision", "StopRule", "judge"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pfn
 from pfn.causal import CausalTransformer
 from pfn.network import build
 from pfn.predictive import Predictive
@@ -141,3 +142,16 @@ def test_more_features_or_latents_are_refused() -> None:
 def test_a_configuration_says_which_network_is_built() -> None:
     assert isinstance(build(CONFIG), CausalTransformer)
     assert isinstance(build(TransformerConfig(1, width=24, heads=2)), Transformer)
+
+
+def test_its_users_are_told_of_units_and_order() -> None:
+    model = pfn.load("curves")
+    with pytest.raises(ValueError, match="standardize=False for model 'curves'"):
+        model.predict(([0.1, 0.2], [0.5, 0.6]), [0.5])
+    with pytest.raises(ValueError, match="in order of time"):
+        model.predict(([0.2, 0.1], [0.5, 0.6]), [0.5], standardize=False)
+    fitted = model.condition(([0.1, 0.2], [0.5, 0.6]), standardize=False)
+    more = fitted.extend([0.3], [0.65]).predict([0.5, 1.0])
+    whole = model.predict(([0.1, 0.2, 0.3], [0.5, 0.6, 0.65]), [0.5, 1.0], standardize=False)
+    torch.testing.assert_close(more.mean, whole.mean, atol=TOLERANCE, rtol=TOLERANCE)
+    assert fitted.latents() == {}
