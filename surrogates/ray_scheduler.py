@@ -42,6 +42,7 @@ class CurveScheduler(FIFOScheduler):  # type: ignore[misc]
         self._options = rule
         self._rules: dict[str, StopRule] = {}
         self.decisions: dict[str, Decision] = {}
+        self._stopped = 0
 
     @property
     def metric(self) -> str | None:
@@ -76,6 +77,7 @@ class CurveScheduler(FIFOScheduler):  # type: ignore[misc]
         decision = rule.update(float(result[self._metric]), step)
         self.decisions[trial.trial_id] = decision
         stop = decision.stop and step < self._horizon
+        self._stopped += stop
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
     def _best(self) -> float | None:
@@ -85,5 +87,4 @@ class CurveScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def debug_string(self) -> str:
         """A line of a status report."""
-        stopped = sum(decision.stop for decision in self.decisions.values())
-        return f"Using CurveScheduler: {stopped} of {len(self._rules)} trials stopped."
+        return f"Using CurveScheduler: {self._stopped} of {len(self._rules)} trials stopped."

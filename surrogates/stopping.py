@@ -199,9 +199,9 @@ def judge(
     levels = torch.tensor([0.5, 0.05, 0.95], dtype=torch.float64)
     middle, low, high = end.icdf(levels).tolist()
     tolerated = 1 - criterion.confidence
-    more = f" by more than {criterion.min_delta:g}" if criterion.min_delta else ""
+    more = f" by more than {criterion.min_delta:g}," if criterion.min_delta else ""
     reason = (
-        f"{where}: the rest beats {whose} {incumbent:.4g}{more} with probability"
+        f"{where}: the rest beats {whose}, {incumbent:.4g},{more} with probability"
         f" {_percent(probability)}, {{}}; expected at the end {middle:.4g} (90 %: {low:.4g} to"
         f" {high:.4g})."
     )
@@ -244,7 +244,7 @@ def find_incumbent(
         return None, ""
     choose = max if mode == "max" else min
     incumbent = choose(finite + given)
-    return incumbent, "the best so far," if incumbent in given else "its own best,"
+    return incumbent, "the best so far" if incumbent in given else "its own best"
 
 
 def _unasked(stop: bool, reason: str) -> Decision:
