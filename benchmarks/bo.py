@@ -36,7 +36,7 @@ from surrogates.optimize import STARTUP_TRIALS
 from surrogates.prior_fitted import MODEL
 
 app = typer.Typer(add_completion=False)
-EVALUATIONS, AFTER = 40, (20, 40)
+EVALUATIONS, AFTER, SEEDS = 40, (20, 40), 5
 RIVALS = {
     "random": optuna.samplers.RandomSampler,
     "TPE": optuna.samplers.TPESampler,
@@ -59,7 +59,7 @@ OTHERS = {"color": GREY, "lw": 1.2}
 def run(
     only: Annotated[list[str] | None, typer.Option(help="problems; all by default")] = None,
     method: Annotated[list[str] | None, typer.Option(help="methods; the cheap by default")] = None,
-    seeds: int = 5,
+    seeds: int = SEEDS,
     workers: int = 2,
     runs: Runs = RUNS,
 ) -> None:
@@ -95,7 +95,8 @@ def report(runs: Runs = RUNS) -> None:
     """Ranks, regrets and times of all runs; seconds are means from the sixth evaluation on.
 
     A method that has not finished its problems with two seeds is listed without a rank. Those that
-    have run others than `CHOSEN_ON` are compared on these, too.
+    have run all of them with `SEEDS` are compared on these, and those that have run others than
+    `CHOSEN_ON` on these.
     """
     losses, seconds = {}, {}
     for r in read(runs):
@@ -111,15 +112,19 @@ def report(runs: Runs = RUNS) -> None:
     fresh = {key: values for key, values in losses.items() if key[2] not in CHOSEN_ON}
     tried = [m for m in methods if m not in EXPENSIVE and has_run(m, fresh)]
     unseen = [summary(m, tried, fresh) for m in tried]
-    common.save("bo", rows, **{"seeds that chose nothing": unseen})
+    often = [m for m in methods if m not in EXPENSIVE and has_run(m, losses, SEEDS)]
+    more = [summary(m, often, losses) for m in often]
+    common.save("bo", rows, **{"five seeds": more, "seeds that chose nothing": unseen})
     common.save("bo-problems", by_problem(methods, losses))
-    draw([m for m in methods if m not in EXPENSIVE], losses)
+    draw(often, losses)
 
 
-def has_run(method: str, losses: dict[tuple[str, str, int], NDArray[np.float64]]) -> bool:
-    """Whether a method has run its problems with two seeds, which a rank takes."""
+def has_run(
+    method: str, losses: dict[tuple[str, str, int], NDArray[np.float64]], seeds: int = 2
+) -> bool:
+    """Whether a method has run its problems with so many seeds; a rank takes two."""
     names = FOR_EXPENSIVE if method in EXPENSIVE else PROBLEMS
-    return all(len(complete([method], name, losses)) > 1 for name in names)
+    return all(len(complete([method], name, losses)) >= seeds for name in names)
 
 
 def read(runs: Path) -> list[dict[str, Any]]:
