@@ -5,6 +5,7 @@ Read next: `transformer.py`, for contexts in any order; `causal.py`, for curves.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pfn.units import FromContext
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A network that reads a context once and then answers queries, each by itself.
 
     What `encode` returns has `layers`, `scaling` and `repeat`; what `decode` returns only the
@@ -26,12 +27,13 @@ class Network(nn.Module):
     embed_query: nn.Parameter
     blocks: Sequence[Any]
 
+    @abstractmethod
     def encode(
         self, x: Tensor, y: Tensor, known: Tensor | None = ..., own: FromContext = ...
     ) -> Any:
         """A context (b, n, d), (b, n), read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(
         self,
         x: Tensor,
@@ -43,8 +45,8 @@ class Network(nn.Module):
         latents: bool = False,
     ) -> tuple[Any, Any]:
         """What becomes of queries (b, m, d) given a context, in one pass; and the scaling of y."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(
         self,
         encoded: Any,
@@ -55,19 +57,18 @@ class Network(nn.Module):
         latents: bool = False,
     ) -> Any:
         """What becomes of queries given what `encode` returned, and added points."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mixture_y(self, final: Any) -> Mixture:
         """Mixtures over a new observation, in the units of `scaling`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mixture_f(self, final: Any) -> Mixture:
         """Mixtures over the noise-free function."""
-        raise NotImplementedError
 
     def latent_head(self, final: Any) -> tuple[Mixture, Tensor]:
         """Mixtures over standardised latents, and logits for those that are categories."""
-        raise NotImplementedError
+        raise ValueError("Expected a network that knows latents; this one has none.")
 
 
 def build(config: TransformerConfig) -> Network:

@@ -116,7 +116,7 @@ x = rng.normal(size=(256, 4)).astype("float32")
 y = (x[:, 0] + x[:, 1] + 0.7 * rng.normal(size=256) > 0).astype("float32")
 keras.utils.set_random_seed(0)
 model = keras.Sequential([keras.layers.Dense(1, activation="sigmoid")])
-model.compile(keras.optimizers.SGD(float(sys.argv[1])), "binary_crossentropy", ["accuracy"])
+model.compile(keras.optimizers.SGD(float(sys.argv[1])), "binary_crossentropy", metrics=["accuracy"])
 stop = KerasCurveStopping("val_accuracy", float(sys.argv[2]), "max", warmup=4)
 history = model.fit(
     x, y, epochs=30, verbose=0, validation_data=(x, y), batch_size=64, callbacks=[stop]
@@ -125,10 +125,10 @@ print("epochs", len(history.history["loss"]))
 """
 
 
+# not imported here, which would choose its backend
+@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="needs keras")
 @pytest.mark.parametrize(("rate", "best", "stops"), [(1e-6, 0.97, True), (0.05, 0.6, False)])
 def test_keras(rate: float, best: float, stops: bool) -> None:
-    if importlib.util.find_spec("keras") is None:  # importing it would choose its backend
-        pytest.skip("needs keras")
     command = [sys.executable, "-c", KERAS, str(rate), str(best)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
