@@ -119,9 +119,11 @@ def extrapolate_command(
     """What `pfn extrapolate` prints: predictions, and a decision."""
     seen = read_curve(path, metric)
     steps = np.arange(1.0, len(seen.values) + 1) if seen.steps is None else seen.steps
-    curve = extrapolate(seen.values, horizon, steps.tolist(), mode, bounds)
     criterion = Criterion(horizon, mode, bounds, confidence, min_delta, warmup=0, patience=1)
     decision = judge(criterion, seen.values.tolist(), steps.tolist(), best)
+    curve = decision.curve
+    if curve is None:  # nothing to compare with, or nothing left
+        curve = extrapolate(seen.values, horizon, steps.tolist(), mode, bounds)
     if plot is not None:
         from pfn.plot import import_pyplot
         from surrogates.curve_plots import plot_curve

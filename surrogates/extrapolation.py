@@ -198,8 +198,8 @@ class Curve(MetricPredictive):
     and r the curve's share in the variance. The scores u are correlated by (v_s / v_t)^MEMORY,
     where v is the noise-free variance, which grows with time: 0 would be curves that keep their
     rank for ever, 1/2 curves with independent increments. The scores e are correlated by COMMON:
-    heavy tails are noise of unknown size, which all steps share. Both numbers are those that
-    predict best, on draws of the prior, whether the best of the rest beats a value.
+    heavy tails are noise of unknown size, which all steps share. Tests check what
+    follows, whether the best of the rest beats a value, on draws of the prior.
 
     Attributes:
         steps: (rest,) of the predictives.

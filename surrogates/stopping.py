@@ -186,14 +186,8 @@ def judge(
     incumbent, whose = find_incumbent(array, criterion.mode, best)
     if incumbent is None:
         return _unasked(False, f"{where}: no finite value to compare with.")
-    curve = extrapolate(
-        array,
-        criterion.horizon,
-        steps,
-        criterion.mode,
-        criterion.bounds,
-        model=criterion.model,
-    )
+    how = (criterion.horizon, steps, criterion.mode, criterion.bounds)
+    curve = extrapolate(array, *how, model=criterion.model)
     probability = curve.prob_best(incumbent, min_delta=criterion.min_delta)
     end = curve[-1]
     levels = torch.tensor([0.5, 0.05, 0.95], dtype=torch.float64)
@@ -215,14 +209,7 @@ def judge(
         words += f", for {hopeless + 1} of {criterion.patience} updates"
         return Decision(False, False, probability, final, reason.format(words), curve)
     if criterion.check_prior:
-        p = surprise(
-            array,
-            criterion.horizon,
-            steps,
-            criterion.mode,
-            criterion.bounds,
-            model=criterion.model,
-        )
+        p = surprise(array, *how, model=criterion.model)
         if p < OUTSIDE:
             words += f", but the curve is unlike any that the model knows (p = {p:.1g})"
             return Decision(False, False, probability, final, reason.format(words), curve)
