@@ -19,7 +19,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from priors import ParametricCurves
-from priors.curve_families import FAMILIES
+from priors.curve_families import FAMILIES, Family
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 HALF = 0.005  # densities are means over +- this
@@ -179,27 +179,30 @@ def _fit(loss: Any, start: Sequence[float]) -> Array:
 
 def best_family(b: Beginning, starts: int = 4) -> Array:
     """The rest (rest,) by the family that fits the beginning best, from several starts each."""
-    steps = torch.from_numpy(b.time * 100).clamp_min(1e-3)
-    seen, y = steps[: b.cut], b.y[: b.cut]
-    rng = np.random.default_rng(0)
-    best, answer = math.inf, np.full(len(b.y) - b.cut, y[-1])
+    steps = torch.from_numpy(b.time * 100)
+    best, answer = math.inf, np.full(len(b.y) - b.cut, b.y[b.cut - 1])
     for family in FAMILIES.values():
-        dim = len(family.parameters)
-        if dim > b.cut + 1:
+        if len(family.parameters) > b.cut + 1:
             continue
-
-        def residual(z: Array, family: Any = family) -> Array:
-            value = family(seen, torch.from_numpy(z)[None])[0].numpy()
-            return np.nan_to_num(value - y, nan=10.0, posinf=10.0, neginf=-10.0).clip(-10, 10)
-
-        for k in range(starts):
-            z = np.zeros(dim) if k == 0 else rng.normal(size=dim)
-            found = least_squares(residual, z, bounds=(-5, 5), max_nfev=60)
-            if found.cost < best:
-                rest = family(steps[b.cut :], torch.from_numpy(found.x)[None])[0].numpy()
-                if np.isfinite(rest).all():
-                    best, answer = found.cost, rest
+        z, cost = _fit_family(family, steps[: b.cut], b.y[: b.cut], starts)
+        rest = family(steps[b.cut :], torch.from_numpy(z)[None])[0].numpy()
+        if cost < best and np.isfinite(rest).all():
+            best, answer = cost, rest
     return answer
+
+
+def _fit_family(family: Family, seen: Tensor, y: Array, starts: int) -> tuple[Array, float]:
+    """Coordinates of least squares, and half the sum of squares."""
+    rng, dim = np.random.default_rng(0), len(family.parameters)
+
+    def residual(z: Array) -> Array:
+        value = family(seen, torch.from_numpy(z)[None])[0].numpy()
+        return np.nan_to_num(value - y, nan=10.0, posinf=10.0, neginf=-10.0).clip(-10, 10)
+
+    begun = [np.zeros(dim), *(rng.normal(size=dim) for _ in range(starts - 1))]
+    found = [least_squares(residual, z, bounds=(-5, 5), max_nfev=60) for z in begun]
+    best = min(found, key=lambda one: one.cost)
+    return best.x, float(best.cost)
 
 
 def fit_spread(pairs: Sequence[tuple[Beginning, Array]]) -> Array:
@@ -227,26 +230,98 @@ def mcmc(prior: ParametricCurves, b: Beginning, seed: int = 0) -> Draws:
 
     Walkers begin at the best of many prior draws, as after the published optimisation.
     """
-    import emcee
-
     steps = torch.from_numpy(b.time * prior.horizon)
     seen, y = steps[: b.cut], torch.from_numpy(b.y[: b.cut])
 
-    def log_prob(t: Array) -> Array:
-        points = torch.from_numpy(t)
-        f, sigma = prior.curve(seen, points), prior.sigma(points).reshape(-1, 1)
-        likelihood = torch.distributions.Normal(f, sigma, validate_args=False).log_prob(y).sum(-1)
-        value = prior.log_prior(points) + likelihood
-        value = torch.where(prior.is_allowed(points), value, -math.inf)
-        return torch.nan_to_num(value, nan=-math.inf).numpy()
+    def log_prob(t: Tensor) -> Tensor:
+        likelihood = _log_normal(y, prior.curve(seen, t), prior.sigma(t).unsqueeze(-1))
+        return torch.where(prior.is_allowed(t), prior.log_prior(t) + likelihood, -math.inf)
 
     generator = torch.Generator().manual_seed(seed)
-    draws = prior.draw(20 * WALKERS, generator=generator).numpy()
-    start = draws[np.argsort(-log_prob(draws))[:WALKERS]]
-    random = np.random.RandomState(seed)
-    sampler = emcee.EnsembleSampler(WALKERS, prior.dim, log_prob, vectorize=True)
-    sampler.random_state = random.get_state()
-    sampler.run_mcmc(start, STEPS, skip_initial_state_check=True)
-    kept = torch.from_numpy(sampler.get_chain(discard=BURN_IN, thin=KEPT, flat=True))
-    mean = prior.curve(steps[b.cut :], kept).numpy()
-    return Draws(mean, prior.sigma(kept).reshape(-1, 1).numpy())
+    draws = prior.draw(20 * WALKERS, generator=generator)
+    start = draws[log_prob(draws).argsort(descending=True)[:WALKERS]]
+    kept = _walk(log_prob, start, seed)
+    return Draws(
+        prior.curve(steps[b.cut :], kept).numpy(), prior.sigma(kept).reshape(-1, 1).numpy()
+    )
+
+
+def mcmc_flat(b: Beginning, seed: int = 0) -> Draws:
+    """All eleven families under flat priors, as in the code of Domhan et al.
+
+    Parameters, positive weights of sum 1, and the noise are flat. A curve has to be finite, to end
+    within [0, 100], and not below its beginning. Walkers begin within 1e-6 of a joint optimum,
+    which begins at the least squares of each family.
+    """
+    steps = torch.from_numpy(b.time * 100)
+    seen, y = steps[: b.cut], torch.from_numpy(b.y[: b.cut])
+    families = list(FAMILIES.values())
+    sizes = [len(family.parameters) for family in families]
+
+    def curve(at: Tensor, t: Tensor) -> Tensor:
+        parts = t[:, : sum(sizes)].split(sizes, 1)
+        values = [
+            family.function(at, *part.unsqueeze(-1).unbind(1))
+            for family, part in zip(families, parts, strict=True)
+        ]
+        weights = t[:, sum(sizes) : -1] / t[:, sum(sizes) : -1].sum(-1, keepdim=True)
+        return (weights.unsqueeze(-1) * torch.stack(values, 1)).sum(1)
+
+    def log_prob(t: Tensor) -> Tensor:
+        ends = curve(steps[[0, -1]], t)
+        allowed = (t[:, sum(sizes) :] > 0).all(-1) & (ends[:, 1] >= ends[:, 0])
+        allowed = allowed & (ends[:, 1] >= 0) & (ends[:, 1] <= 100)
+        likelihood = _log_normal(y, curve(seen, t), t[:, -1:].clamp_min(1e-12))
+        return torch.where(allowed, likelihood.nan_to_num(-math.inf), -math.inf)
+
+    parameters = []
+    for family in families:
+        z = torch.from_numpy(_fit_family(family, seen, b.y[: b.cut], 1)[0])
+        parameters += [p.value(z[i]).item() for i, p in enumerate(family.parameters)]
+    start = torch.tensor([*parameters, *[10.0] * len(families), 0.05], dtype=torch.float64)
+    best = _climb(log_prob, start, sum(sizes))
+    generator = torch.Generator().manual_seed(seed)
+    jitter = torch.randn(WALKERS, len(best), dtype=torch.float64, generator=generator)
+    kept = _walk(log_prob, best + 1e-6 * jitter, seed)
+    mean = curve(steps[b.cut :], kept)
+    sound = mean.isfinite().all(-1)
+    return Draws(mean[sound].numpy(), kept[sound, -1:].numpy())
+
+
+def _climb(log_prob: Any, start: Tensor, positive: int, rounds: int = 300) -> Tensor:
+    """The best point met on the way up from `start`; coordinates from `positive` on are so."""
+    moving = torch.cat([start[:positive], start[positive:].log()]).requires_grad_()
+    optimizer = torch.optim.Adam([moving], lr=0.01)
+    best, highest = start, -math.inf
+    for _ in range(rounds):
+        point = torch.cat([moving[:positive], moving[positive:].exp()])
+        value = log_prob(point.unsqueeze(0))[0]
+        if not value.isfinite():
+            break
+        if float(value) > highest:
+            best, highest = point.detach().clone(), float(value)
+        optimizer.zero_grad()
+        (-value).backward()
+        if not moving.grad.isfinite().all():
+            break
+        optimizer.step()
+    return best
+
+
+def _log_normal(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log density (walker,) of y (n,) around mean (walker, n)."""
+    return (-0.5 * ((y - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def _walk(log_prob: Any, start: Tensor, seed: int) -> Tensor:
+    """Points (draw, dim) of emcee's walkers after burn-in."""
+    import emcee
+
+    def of_arrays(t: Array) -> Array:
+        with torch.no_grad():
+            return torch.nan_to_num(log_prob(torch.from_numpy(t)), nan=-math.inf).numpy()
+
+    sampler = emcee.EnsembleSampler(*start.shape, of_arrays, vectorize=True)
+    sampler.random_state = np.random.RandomState(seed).get_state()
+    sampler.run_mcmc(start.numpy(), STEPS, skip_initial_state_check=True)
+    return torch.from_numpy(sampler.get_chain(discard=BURN_IN, thin=KEPT, flat=True))

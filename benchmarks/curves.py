@@ -1,22 +1,25 @@
 """Learning curves: how well their rest is predicted, and what early stopping saves.
 
+    python benchmarks/curves.py slow --data FOLDER        MCMC and least squares on some real curves
+    python benchmarks/curves.py predict --data FOLDER     the network and quick baselines on many
     python benchmarks/curves.py prior                     draws of LC-PFN's prior, against MCMC
-    python benchmarks/curves.py predict --data FOLDER     real curves, against all baselines
-    python benchmarks/curves.py stop --data FOLDER        the published study of early stopping
-    python benchmarks/curves.py speed                     seconds of an update
+    python benchmarks/curves.py speed                     milliseconds of an update
 
 FOLDER is that of `curve_prior.py`. Real curves are in units of y in [0, 1], higher is better, by
 the rule of `surrogates/metrics.py`. Densities are means over +-0.005, mixed with 1 % of a uniform
-one.
+one. What is fitted, of the baselines, is fitted on other data sets than it is measured on.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, median
 from typing import Annotated, Any
 
 import common  # before torch
@@ -30,15 +33,15 @@ from curve_prior import Curve, complete_curves, read_curves
 import pfn
 from priors import LearningCurves
 from surrogates import extrapolate
-from surrogates.extrapolation import MODEL
+from surrogates.extrapolation import MODEL, thin
 from surrogates.stopping import StopRule
 
 app = typer.Typer(add_completion=False, help=__doc__)
 CUTS = (0.1, 0.2, 0.4, 0.8)
 DATA = typer.Option(help="folder of real curves")
 PER_GROUP = 40  # curves of a data set and kind
-MCMC_CURVES = 16  # of each kind, for MCMC: it takes seconds a curve
-ORDERS, DELTA = 40, 0.05
+SLOW = Path(__file__).parent / "results" / "curves-slow.jsonl"
+SQUARES, PUBLISHED, FLAT = "least squares", "MCMC, LC-PFN's prior", "MCMC, eleven families"
 
 
 class Network:
@@ -48,7 +51,8 @@ class Network:
         self.model = pfn.load(name)
 
     def __call__(self, b: Beginning) -> Any:
-        context = b.time[: b.cut, None], b.y[: b.cut]
+        keep = thin(b.cut, self.model.card.max_context)
+        context = torch.from_numpy(b.time)[keep, None], torch.from_numpy(b.y)[keep]
         return self.model.predict(context, b.time[b.cut :, None], standardize=False)
 
 
@@ -85,94 +89,114 @@ def scores(predictive: Any, b: Beginning) -> dict[str, float]:
     }
 
 
-def beginnings(curves: Sequence[Curve], share: float) -> list[Beginning]:
-    """The first points of each curve, up to a share of its run, two at least."""
-    found = []
-    for curve in curves:
-        cut = max(2, int(np.searchsorted(curve.time, share + 1e-9)))
-        if cut < len(curve.y):
-            found.append(Beginning(curve.time, curve.y, cut))
-    return found
+def beginning(curve: Curve, share: float) -> Beginning | None:
+    """A curve up to a share of its run, two points at least; None if nothing is left."""
+    cut = max(2, int(np.searchsorted(curve.time, share + 1e-9)))
+    return Beginning(curve.time, curve.y, cut) if cut < len(curve.y) else None
 
 
-def sample_of(curves: Iterator[Curve], seed: int) -> dict[tuple[str, str], list[Curve]]:
-    """At most `PER_GROUP` curves of each data set and kind."""
+def sample_curves(data: Path, seed: int) -> dict[str, list[Curve]]:
+    """By kind, at most `PER_GROUP` curves of each data set: one of each, then the next of each."""
     groups = defaultdict(list)
-    for curve in curves:
+    for curve in read_curves(data):
         if np.isfinite(curve.y).all():
             groups[curve.dataset, curve.kind].append(curve)
     rng = np.random.default_rng(seed)
+    ranked = defaultdict(list)
+    for (_, kind), some in sorted(groups.items()):
+        order = rng.permutation(len(some))[:PER_GROUP]
+        ranked[kind] += [(rank, some[i]) for rank, i in enumerate(order)]
     return {
-        key: [some[i] for i in rng.permutation(len(some))[:PER_GROUP]]
-        for key, some in groups.items()
+        kind: [curve for _, curve in sorted(pairs, key=lambda pair: pair[0])]
+        for kind, pairs in ranked.items()
     }
 
 
 @app.command()
-def predict(
-    data: Annotated[Path, DATA], model: str = MODEL, seed: int = 0, mcmc: bool = True
-) -> None:
-    """Log density, error and coverage on real curves; baselines are fitted on other data sets."""
+def slow(data: Annotated[Path, DATA], few: int = 12, seed: int = 0) -> None:
+    """Least squares and MCMC on the first `few` curves of each kind; goes on where it was."""
+    torch.set_num_threads(1)
+    done = {(e["metric"], e["curve"], e["cut"]) for e in read_slow()}
+    prior = LearningCurves.lcpfn()
+    with SLOW.open("a") as file:
+        for i, share, (kind, curves) in itertools.product(
+            range(few), CUTS, sample_curves(data, seed).items()
+        ):
+            b = beginning(curves[i], share)
+            if b is None or (kind, i, share) in done:
+                continue
+            spent: dict[str, list[float]] = defaultdict(list)
+            rest = _timed(spent[SQUARES], baselines.best_family, b)
+            published = _timed(spent[PUBLISHED], baselines.mcmc, prior, b)
+            flat = _timed(spent[FLAT], baselines.mcmc_flat, b)
+            entry = {
+                "metric": kind,
+                "curve": i,
+                "cut": share,
+                "dataset": curves[i].dataset,
+                SQUARES: [round(value, 5) for value in rest.tolist()],
+                PUBLISHED: scores(published, b),
+                FLAT: scores(flat, b),
+                "seconds": {method: round(times[0], 3) for method, times in spent.items()},
+            }
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            print(kind, i, share, entry["seconds"], flush=True)
+
+
+def read_slow() -> list[dict[str, Any]]:
+    """What `slow` has found so far."""
+    return [json.loads(line) for line in SLOW.read_text().splitlines()] if SLOW.exists() else []
+
+
+@app.command()
+def predict(data: Annotated[Path, DATA], model: str = MODEL, seed: int = 0) -> None:
+    """Log density, error and coverage on real curves, of all and of those that `slow` has done."""
     torch.set_num_threads(1)
     network = Network(model)
-    groups = sample_of(read_curves(data), seed)
-    prior = LearningCurves.lcpfn()
+    samples = sample_curves(data, seed)
+    found: dict[tuple[Any, ...], list[dict[str, float]]] = defaultdict(list)
+    spent: dict[str, list[float]] = defaultdict(list)
+    slowly = {(e["metric"], e["curve"], e["cut"]): e for e in read_slow()}
+    for share, (kind, curves) in itertools.product(CUTS, samples.items()):
+        begun = [(i, c.dataset, beginning(c, share)) for i, c in enumerate(curves)]
+        cut = [(i, name, b) for i, name, b in begun if b is not None]
+        squares = {
+            i: (name, b, np.array(slowly[kind, i, share][SQUARES]))
+            for i, name, b in cut
+            if (kind, i, share) in slowly
+        }
+        for name in sorted({name for _, name, _ in cut}):
+            others = [b for _, other, b in cut if other != name]
+            last, trend = baselines.fit_last(others), baselines.fit_trend(others)
+            pairs = [(b, rest) for other, b, rest in squares.values() if other != name]
+            spread = baselines.fit_spread(pairs) if pairs else None
+            for i, b in ((i, b) for i, other, b in cut if other == name):
+                entries = {
+                    "pfn": scores(_timed(spent["pfn"], network, b), b),
+                    "last value": scores(
+                        _timed(spent["last value"], baselines.predict_last, last, b), b
+                    ),
+                    "trend": scores(_timed(spent["trend"], baselines.predict_trend, trend, b), b),
+                }
+                for method, entry in entries.items():
+                    found[share, kind, "all", method].append({"group": name, **entry})
+                if spread is None or i not in squares:
+                    continue
+                ahead = np.log(b.time[b.cut :] - b.time[b.cut - 1])
+                scale = np.exp(spread[0] + spread[1] * ahead) + 1e-4
+                entries[SQUARES] = scores(Student(squares[i][2], scale), b)
+                entries |= {method: slowly[kind, i, share][method] for method in (PUBLISHED, FLAT)}
+                for method, seconds in slowly[kind, i, share]["seconds"].items():
+                    spent[method].append(seconds)
+                for method, entry in entries.items():
+                    found[share, kind, "of MCMC", method].append({"group": name, **entry})
     rows = []
-    for share in CUTS:
-        found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-        few: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-        spent: dict[str, list[float]] = defaultdict(list)
-        for kind in ("accuracy", "loss"):
-            names = [name for name, k in groups if k == kind]
-            cut = {name: beginnings(groups[name, kind], share) for name in names}
-            squares = {
-                name: [(b, _timed(spent["least squares"], baselines.best_family, b)) for b in some]
-                for name, some in cut.items()
-            }
-            chosen = np.random.default_rng(seed).permutation(sum(map(len, cut.values())))
-            chosen = set(chosen[:MCMC_CURVES].tolist())
-            place = 0
-            for name in names:
-                train = [b for other in names if other != name for b in cut[other]]
-                last = baselines.fit_last(train)
-                trend = baselines.fit_trend(train)
-                pairs = [pair for other in names if other != name for pair in squares[other]]
-                spread = baselines.fit_spread(pairs)
-                for b, (_, rest) in zip(cut[name], squares[name], strict=True):
-                    ahead = np.log(b.time[b.cut :] - b.time[b.cut - 1])
-                    answers: dict[str, Any] = {
-                        "pfn": _timed(spent["pfn"], network, b),
-                        "last value": _timed(spent["last value"], baselines.predict_last, last, b),
-                        "trend": _timed(spent["trend"], baselines.predict_trend, trend, b),
-                        "least squares": Student(
-                            rest, np.exp(spread[0] + spread[1] * ahead) + 1e-4
-                        ),
-                    }
-                    is_few = mcmc and place in chosen
-                    if is_few:
-                        answers["MCMC, lcpfn prior"] = _timed(
-                            spent["MCMC, lcpfn prior"], baselines.mcmc, prior, b
-                        )
-                    for method, answer in answers.items():
-                        entry = scores(answer, b)
-                        if method != "MCMC, lcpfn prior":
-                            found[method, kind].append(entry)
-                        if is_few:
-                            few[method, kind].append(entry)
-                    place += 1
-        for subset, table in (("all", found), ("of MCMC", few)):
-            for (method, kind), entries in table.items():
-                rows.append(
-                    {
-                        "cut": share,
-                        "metric": kind,
-                        "subset": subset,
-                        "method": method,
-                        "curves": len(entries),
-                        **{key: float(np.mean([e[key] for e in entries])) for key in entries[0]},
-                        "seconds": float(np.median(spent[method])),
-                    }
-                )
+    for (share, kind, subset, method), entries in found.items():
+        mean = {key: fmean(e[key] for e in entries) for key in entries[0] if key != "group"}
+        labels = {"cut": share, "metric": kind, "curves": len(entries), "method": method}
+        rows.append({"subset": subset, **labels, **mean, "seconds": median(spent[method])})
+    rows.sort(key=lambda row: (row["subset"], row["metric"], row["cut"]))
     common.save("curves-predict", rows, model=model, seed=seed)
 
 

@@ -454,21 +454,30 @@ def draw_lesson(
 def draw_curves(
     prior: Prior, network: TransformerConfig, sizes: Sizes, m: int, generator: torch.Generator
 ) -> Lesson:
-    """A micro-batch of rows in order, and as queries m of them, each after a random beginning."""
+    """A micro-batch of rows in order, and as queries m of them, each after a random beginning.
+
+    Of a `ConditionalPrior`, y is normal around the noise-free curve, with the latent "noise" as its
+    variance: each query then has several draws of y.
+    """
     n, device = sizes.buffer, generator.device
     drawn = prior.sample(sizes.batch, n, sizes.features, generator=generator)
     x, y, f = drawn.x.float(), drawn.y.float(), drawn.f.float()
     row = torch.randint(n, (m,), device=device, generator=generator)
     visible = (torch.rand(m, device=device, generator=generator) * (row + 1)).long()
+    y_draws, entropy = y[None, :, row], torch.tensor(torch.nan, device=device)
+    if isinstance(prior, ConditionalPrior):
+        std = drawn.latents["noise"].sqrt().float().unsqueeze(-1)
+        y_draws = f[:, row] + std * _stratified_normal(sizes.batch, m, generator).float()
+        entropy = (0.5 * math.log(2 * math.pi * math.e) + std.log()).mean()
     return Lesson(
         x=x[:, :0],
         y=y[:, :0],
         buffer=(x, y),
         visible=visible,
         x_query=x[:, row],
-        y_draws=y[None, :, row],
+        y_draws=y_draws,
         f_draws=f[None, :, row],
-        entropy=torch.tensor(torch.nan, device=device),
+        entropy=entropy,
         known=latent_slots(network, drawn.latents, sizes.batch, device),
         own=FromContext(),
         latents=None,

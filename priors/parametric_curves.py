@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from priors.context import Context, read_context
-from priors.curve_families import FAMILIES, Family, log_density
+from priors.curve_families import FAMILIES, Family, log_density, log_normal
 from priors.draws import draw_normal
 from priors.smc import ISLANDS, SmcDraws, SmcPosterior, sample_smc
 from priors.tasks import ConditionalTasks, Tasks
@@ -230,7 +230,7 @@ class ParametricCurves:
 
     def log_prior(self, t: Tensor) -> Tensor:
         """The prior's log density (curve,) at coordinates t (curve, dim), but for the walls."""
-        total = Normal(0.0, 1.0).log_prob(t[:, -1])
+        total = log_normal(t[:, -1])
         for family, start, last in self._layout():
             middle = start + family.linear
             total = total + log_density(t[:, middle : last + 1])
