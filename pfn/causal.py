@@ -5,8 +5,14 @@ once, and a new point costs one token. Each point comes with what its prefix say
 roughness at several memories, and a mixture is told relative to the last point that its query sees,
 in units of that roughness: a run that hardly moves is to the network what a lively one is.
 
+With more than one feature, rows are the runs of a sweep, one run after another: the first feature
+is the time, the others are the run's hyperparameters. A new run begins where these change or time
+does not increase; a query belongs to the last run with its hyperparameters. What a prefix says is
+then said of the point's own run, and heads attend more or less to it than to others.
+
 It answers as `transformer.py` does, in the units of y that the prior has; it knows no latents.
-Shapes: b tasks, n context points, k buffer points, m queries, w width, h heads, s state.
+Shapes: b tasks, n context points, k buffer points, m queries, d features, w width, h heads, s
+state.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from pfn.units import FromContext
 MEMORIES = (1.0, 4.0, 16.0)  # points over which levels and roughness are averaged
 FLOOR = 2e-4  # of a roughness, in units of y
 WAVES = 7  # octaves of y's embedding
+RUN_WAVES = 5  # numbers that a hyperparameter is embedded by
 LEAST = 1e-6  # of a time or a time between points
 NARROWEST = -9.5  # log of the least standard deviation of a component
 
@@ -64,7 +71,7 @@ class Told(NamedTuple):
 
 
 class State(NamedTuple):
-    """What each prefix of the points says: of the empty one first, 1 + n in all."""
+    """What prefixes say of the run that they end in: the empty one first, 1 + n in all."""
 
     features: Tensor  # (b, 1 + n, s)
     level: Tensor  # (b, 1 + n) the last y
@@ -73,8 +80,11 @@ class State(NamedTuple):
     apart: Tensor  # (b, 1 + n) mean time between points
 
     def at(self, index: Tensor) -> State:
-        """The states of some prefixes (m,)."""
-        return State(*(part[:, index] for part in self))
+        """The states of some prefixes (b, m)."""
+        return State(
+            self.features.gather(1, index.unsqueeze(-1).expand(-1, -1, self.features.shape[-1])),
+            *(part.gather(1, index) for part in self[1:]),
+        )
 
 
 class CausalBlock(nn.Module):
@@ -92,6 +102,8 @@ class CausalBlock(nn.Module):
         self.contract = nn.Linear(config.expansion * width, width)
         for last in (*self.from_heads.parameters(), *self.contract.parameters()):
             nn.init.zeros_(last)  # every block starts as the identity
+        if config.max_features > 1:
+            self.prefer_own = nn.Parameter(torch.zeros(self.heads))
 
     def keys_values(self, normed: Tensor) -> Layer:
         """Keys and values of tokens (b, t, w)."""
@@ -99,11 +111,22 @@ class CausalBlock(nn.Module):
         both = self.to_key_value(normed).view(b, t, 2, self.heads, w // self.heads)
         return Layer(*both.transpose(1, 3).unbind(2))
 
-    def finish(self, tokens: Tensor, normed: Tensor, layer: Layer, allowed: Tensor) -> Tensor:
-        """Tokens (b, t, w) after attention to keys, where `allowed` (t, keys), and feed-forward."""
+    def finish(
+        self, tokens: Tensor, normed: Tensor, layer: Layer, allowed: Tensor, own: Tensor | None
+    ) -> Tensor:
+        """Tokens (b, t, w) after attention and feed-forward.
+
+        Args:
+            allowed: (b or 1, t, keys) where there is attention.
+            own: (b, t, keys) which keys are of a token's own run; None if all are.
+        """
         b, t, w = tokens.shape
         query = self.to_query(normed).view(b, t, self.heads, w // self.heads).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, layer.key, layer.value, allowed)
+        mask = allowed.unsqueeze(1)
+        if own is not None:
+            preferred = self.prefer_own.to(query.dtype).view(-1, 1, 1) * own.unsqueeze(1)
+            mask = preferred.masked_fill(~mask, -math.inf)
+        attended = F.scaled_dot_product_attention(query, layer.key, layer.value, mask)
         tokens = tokens + self.from_heads(attended.transpose(1, 2).flatten(2))
         hidden = F.relu(self.expand(self.norm_forward(tokens))).square()
         return tokens + self.contract(hidden)
@@ -113,20 +136,21 @@ class CausalTransformer(Network):
     """Maps the beginning of a curve and later times to mixtures over y, and over f without noise.
 
     Raises:
-        ValueError: more than one feature, or latents, for which it is not made.
+        ValueError: latents, for which it is not made.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        if config.max_features > 1 or config.latents:
+        if config.latents:
             raise ValueError(
-                "Expected one feature, the time, and no latents of a causal network; got "
-                f"max_features={config.max_features} and {len(config.latents)} latents."
+                f"Expected no latents of a causal network; got {len(config.latents)} latents."
             )
         self.config = config
         width, waves = config.width, 1 + 2 * config.fourier_octaves
         states = 7 + 2 * WAVES + 3 * len(MEMORIES)
         self.embed_time = nn.Linear(waves + 1, width)
+        if config.max_features > 1:
+            self.embed_run = nn.Linear((config.max_features - 1) * RUN_WAVES, width, bias=False)
         self.embed_state = nn.Linear(states, width)
         self.embed_seen = nn.Linear(states + 4, width)  # of the prefix that a query sees
         self.embed_query = nn.Parameter(torch.randn(width) * 0.1)
@@ -144,7 +168,7 @@ class CausalTransformer(Network):
         known: Tensor | None = None,
         own: FromContext = FromContext(),
     ) -> Read:
-        """Reads a context (b, n, 1), (b, n), whose rows are in order of time.
+        """Reads a context (b, n, d), (b, n), whose rows are in order of time, run by run.
 
         Args:
             known, own: as other networks take them; a causal one has no use for either.
@@ -178,11 +202,11 @@ class CausalTransformer(Network):
         visible: Tensor | None = None,
         latents: bool = False,
     ) -> Told:
-        """What becomes of queries (b, m, 1) given a context and maybe more points after it.
+        """What becomes of queries (b, m, d) given a context and maybe more points after it.
 
         Args:
-            buffer: added points (b, k, 1), (b, k), which come after the context.
-            visible: (m,) how many of these each query sees; needed with a buffer.
+            buffer: added points (b, k, d), (b, k), which come after the context.
+            visible: (m,) or (b, m) how many of these each query sees; needed with a buffer.
         """
         if buffer is None:
             none = x_query[:, :0]
@@ -203,11 +227,12 @@ class CausalTransformer(Network):
         b = len(x)
         tokens = self.embed_start.expand(b, 1, -1)
         layers = []
-        allowed = torch.ones(1, 1, dtype=torch.bool, device=x.device)
+        allowed = torch.ones(1, 1, 1, dtype=torch.bool, device=x.device)
+        own = None if self.config.max_features == 1 else torch.zeros_like(allowed)
         for block in self.blocks:
             normed = block.norm_attention(tokens)
             layers.append(block.keys_values(normed))
-            tokens = block.finish(tokens, normed, layers[-1], allowed)
+            tokens = block.finish(tokens, normed, layers[-1], allowed, own)
         zero = torch.zeros(b, device=x.device, dtype=x.dtype)
         return Read(layers, x[:, :0], x[:, :0, 0], Scaling(zero, zero + 1))
 
@@ -217,11 +242,12 @@ class CausalTransformer(Network):
         """New points and queries through all layers; each sees what was read and what precedes."""
         k, before = x.shape[1], read.x.shape[1]
         every_x, every_y = torch.cat([read.x, x], 1), torch.cat([read.y, y], 1)
+        runs = _runs(every_x)
+        limit = before + (visible if visible.dim() == 2 else visible.unsqueeze(0))
+        index = _find(every_x, x_query, limit)
         with torch.autocast(x.device.type, enabled=False):
-            state = self._state(every_x[..., 0].float(), every_y.float())
-            seen = state.at(before + visible)
-            order = torch.arange(k, device=x.device)
-            points = self._embed(x, state.features[:, before + 1 :], self.embed_state)
+            state = self._state(every_x[..., 0].float(), every_y.float(), runs)
+            seen = state.at(index)
             since = x_query[..., 0].float() - seen.time
             reach = torch.stack(
                 [
@@ -232,11 +258,17 @@ class CausalTransformer(Network):
                 ],
                 -1,
             )
+            points = self._embed(x, state.features[:, before + 1 :], self.embed_state)
             queries = self._embed(x_query, torch.cat([seen.features, reach], -1), self.embed_seen)
             tokens = torch.cat([points, queries + self.embed_query], 1)
-        places = torch.arange(1 + before + k, device=x.device)
-        limit = 1 + before + torch.cat([order + 1, visible])
-        allowed = places < limit.unsqueeze(-1)  # (k + m, 1 + before + k)
+        places = torch.arange(before + k, device=x.device)
+        order = (before + 1 + torch.arange(k, device=x.device)).expand(len(limit), -1)
+        allowed = F.pad(places < torch.cat([order, limit], 1).unsqueeze(-1), (1, 0), value=True)
+        own = None
+        if self.config.max_features > 1:
+            of_query = F.pad(runs, (1, 0), value=-1).gather(1, index)
+            of_token = torch.cat([runs[:, before:], of_query], 1)
+            own = F.pad(of_token.unsqueeze(-1) == runs.unsqueeze(1), (1, 0), value=False)
         layers = []
         for block, kept in zip(self.blocks, read.layers, strict=True):
             normed = block.norm_attention(tokens)
@@ -244,47 +276,64 @@ class CausalTransformer(Network):
             old = (part.to(new.key.dtype) for part in kept)
             layer = Layer(*(torch.cat(two, 2) for two in zip(old, new, strict=True)))
             layers.append(layer)
-            tokens = block.finish(tokens, normed, layer, allowed)
+            tokens = block.finish(tokens, normed, layer, allowed, own)
         told = Told(self.norm(tokens[:, k:]), seen.level, seen.unit)
         return Read(layers, every_x, every_y, read.scaling), told
 
     def _embed(self, x: Tensor, more: Tensor, layer: nn.Linear) -> Tensor:
-        """Tokens (b, t, w) of times (b, t, 1) and of what else is known."""
-        time = x.float()
+        """Tokens (b, t, w) of times, hyperparameters (b, t, d) and of what else is known."""
+        time = x[..., :1].float()
         octaves = torch.arange(self.config.fourier_octaves, device=x.device)
         phase = (2 * time - 1) * (0.5 * math.pi * 2**octaves)
         log_time = time.clamp_min(LEAST).log() / 3
         waves = torch.cat([2 * time - 1, log_time, phase.sin(), phase.cos()], -1)
         kind = self.embed_time.weight.dtype
-        return self.embed_time(waves.to(kind)) + layer(more.to(kind))
+        tokens = self.embed_time(waves.to(kind)) + layer(more.to(kind))
+        if self.config.max_features == 1:
+            return tokens
+        place = 2 * x[..., 1:].float() - 1
+        phases = [0.5 * math.pi * place, math.pi * place]
+        waves = torch.stack([place, *(f(p) for p in phases for f in (torch.sin, torch.cos))], -1)
+        missing = self.config.max_features - x.shape[-1]  # features that the sweep does not have
+        return tokens + self.embed_run(F.pad(waves, (0, 0, 0, missing)).flatten(-2).to(kind))
 
-    def _state(self, time: Tensor, y: Tensor) -> State:
-        """What each prefix of points (b, n) says, beginning with none."""
+    def _state(self, time: Tensor, y: Tensor, runs: Tensor) -> State:
+        """What each prefix of points (b, n) says of the run that it ends in.
+
+        Args:
+            runs: (b, n) index of each point's run.
+        """
         b, n = y.shape
         first = y.new_full((b, 1), self.config.y_mean)
+        begins = torch.diff(runs, dim=1, prepend=runs.new_full((b, 1), -1)) > 0
         previous = torch.cat([first, y[:, :-1]], 1)[:, :n]
+        previous = torch.where(begins, first, previous)
         change = y - previous
-        apart = torch.diff(time, dim=1, prepend=time.new_zeros(b, 1)).clamp_min(LEAST)
-        count = torch.arange(1, n + 1, device=y.device, dtype=y.dtype)
-        lag = count[:, None] - count[None, :]
+        apart = torch.diff(time, dim=1, prepend=time.new_zeros(b, 1))
+        apart = torch.where(begins, time, apart).clamp_min(LEAST)
+        place = torch.arange(n, device=y.device)
+        earlier = (runs.unsqueeze(-1) == runs.unsqueeze(1)) & (place[:, None] >= place)
+        count = earlier.sum(-1).to(y)
+        lag = (place[:, None] - place).clamp_min(0).to(y)
         levels, rough = [], []
         # the first change is from the prior's mean, which says little of roughness
-        square = change.square()
-        square = torch.cat([square[:, :1].clamp_max(0.01), square[:, 1:]], 1)
+        square = torch.where(begins, change.square().clamp_max(0.01), change.square())
         for memory in MEMORIES:
-            weight = (-lag.clamp_min(0) / memory).exp() * (lag >= 0)
+            weight = (-lag / memory).exp() * earlier
             weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-9)
-            levels.append(y @ weight.T)
-            rough.append((square @ weight.T + FLOOR**2).sqrt())
+            levels.append((weight @ y.unsqueeze(-1)).squeeze(-1))
+            rough.append(((weight @ square.unsqueeze(-1)).squeeze(-1) + FLOOR**2).sqrt())
         unit = rough[-1] if n else y
         inner = y.clamp(1e-4, 1 - 1e-4)
         octaves = 2.0 ** torch.arange(WAVES, device=y.device)
         phase = (y - 0.5).unsqueeze(-1) * (0.5 * math.pi * octaves)
-        best = y.cummax(1).values if n else y
+        best = y
+        if n:
+            best = y.unsqueeze(1).expand(b, n, n).masked_fill(~earlier, -math.inf).amax(-1)
         parts = [
             2 * y - 1,
             inner.logit() / 4,
-            count.log().expand(b, n) / 3,
+            count.log() / 3,
             apart.log() / 3,
             (change / unit).clamp(-6, 6) if n else y,
             ((best - y) / unit).clamp(0, 20).sqrt() if n else y,
@@ -302,6 +351,31 @@ class CausalTransformer(Network):
             F.pad(time, (1, 0)),
             torch.cat([torch.full_like(first, 0.1), mean_apart.clamp_min(LEAST)], 1),
         )
+
+
+def _runs(x: Tensor) -> Tensor:
+    """The index (b, n) of the run of each point (b, n, d)."""
+    before, after = x[:, :-1], x[:, 1:]
+    begins = (after[..., 1:] != before[..., 1:]).any(-1) | (after[..., 0] <= before[..., 0])
+    return F.pad(begins, (1, 0))[:, : x.shape[1]].long().cumsum(1)
+
+
+def _find(x: Tensor, x_query: Tensor, limit: Tensor) -> Tensor:
+    """How many points (b, m) precede and end with the last one of each query's own run.
+
+    Args:
+        x: (b, n, d) points.
+        x_query: (b, m, d).
+        limit: (b or 1, m) how many points a query sees at most.
+    """
+    if x.shape[-1] == 1:
+        return limit.expand(len(x), -1)
+    is_own = torch.ones(len(x), x_query.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+    for own, asked in zip(x[..., 1:].unbind(-1), x_query[..., 1:].unbind(-1), strict=True):
+        is_own &= own.unsqueeze(1) == asked.unsqueeze(-1)
+    places = torch.arange(1, x.shape[1] + 1, device=x.device)
+    is_own &= places <= limit.unsqueeze(-1)
+    return (places * is_own).amax(-1) if x.shape[1] else limit.expand(len(x), -1)
 
 
 def _head(config: TransformerConfig) -> nn.Linear:

@@ -456,14 +456,24 @@ def draw_curves(
 ) -> Lesson:
     """A micro-batch of rows in order, and as queries m of them, each after a random beginning.
 
-    Of a `ConditionalPrior`, y is normal around the noise-free curve, with the latent "noise" as its
-    variance: each query then has several draws of y.
+    With several features rows are runs, one after another; then a query sees all runs before its
+    own, and in four cases of five a beginning of its own. Of a `ConditionalPrior`, y is normal
+    around the noise-free curve, with the latent "noise" as its variance: each query then has
+    several draws of y.
     """
     n, device = sizes.buffer, generator.device
     drawn = prior.sample(sizes.batch, n, sizes.features, generator=generator)
     x, y, f = drawn.x.float(), drawn.y.float(), drawn.f.float()
     row = torch.randint(n, (m,), device=device, generator=generator)
-    visible = (torch.rand(m, device=device, generator=generator) * (row + 1)).long()
+    begin = torch.zeros_like(row)
+    if sizes.features > 1:
+        is_new = (x[:, 1:, 1:] != x[:, :-1, 1:]).any(-1)
+        places = torch.arange(1, n, device=device) * is_new
+        begin = F.pad(places.cummax(1).values, (1, 0))[:, row]  # (b, m)
+    share = torch.rand(begin.shape, device=device, generator=generator)
+    if sizes.features > 1:
+        share = (1.25 * share - 0.25).clamp_min(0)
+    visible = begin + (share * (row + 1 - begin)).long()
     y_draws, entropy = y[None, :, row], torch.tensor(torch.nan, device=device)
     if isinstance(prior, ConditionalPrior):
         std = drawn.latents["noise"].sqrt().float().unsqueeze(-1)

@@ -45,10 +45,10 @@ class LearningCurves:
     d - 1 hyperparameters of the row's curve, in [0, 1]. With d = 1 a task is one curve in order of
     time: its first k reports, k random, of a run of 10 to 1000 reports, and the rest at irregular
     later times; one task in five is a whole run of n reports. Reports come every step or, in two
-    runs of five, every few steps, up to 30. With d >= 2 rows are the observed beginnings
-    of several siblings, one after another, and then continuations, half of them of the last
-    sibling. Positions do not depend on y, so that every prefix of the rows is a valid
-    context.
+    runs of five, every few steps, up to 30. With d >= 2 rows are the runs of a sweep of up to 32,
+    one after another and each in order of time: two in five of them are complete, others were
+    stopped at any time, and the last goes to its end. Positions do not depend on y, so that every
+    prefix of the rows is a valid context.
 
     Args:
         metrics: of `METRICS`, one of them drawn per task.
@@ -125,13 +125,13 @@ class _Layout(NamedTuple):
 
     time: Tensor  # (task, row) in (0, 1]
     curve: Tensor  # (task, row) index of the sibling
-    last: Tensor  # (task,) the sibling that most continuations belong to
+    last: Tensor  # (task,) the last sibling
     step: Tensor  # (task, 1) time between two steps of the run
     hyperparameters: Tensor  # (task, sibling, d - 1)
 
 
 def _draw_layout(batch: int, n: int, d: int, *, generator: torch.Generator) -> _Layout:
-    """Beginnings of curves, one after another, and continuations in order of time."""
+    """One run, or the runs of a sweep."""
     if d == 1:
         return _draw_run(batch, n, generator=generator)
     return _draw_sweep(batch, n, d - 1, generator=generator)
@@ -157,46 +157,30 @@ def _draw_run(batch: int, n: int, *, generator: torch.Generator) -> _Layout:
 
 
 def _draw_sweep(batch: int, n: int, dim: int, *, generator: torch.Generator) -> _Layout:
-    """The beginnings of several siblings, and later times of those that are not finished.
-
-    Two siblings in five are finished, others at any time; of the last, little was seen. It has half
-    of the later times.
-    """
+    """Runs one after another, each at evenly spaced times; two in five of all but the last end."""
     device, most = generator.device, max(1, min(SIBLINGS, n // 4))
     siblings = (_uniform(batch, 1, generator=generator) * math.log(most + 1)).exp().floor()
-    siblings = siblings.clamp(1, most).long()
-    last = siblings - 1
+    last = siblings.clamp(1, most).long() - 1
     row = torch.arange(n, dtype=torch.float64, device=device)
-    begun = (_uniform(batch, 1, generator=generator) * (n + 1)).floor()  # rows in beginnings
-    in_beginning = row < begun
-
-    cuts = _uniform(batch, most, generator=generator)  # between siblings, as shares of those rows
+    cuts = _uniform(batch, most, generator=generator)  # between siblings, as shares of the rows
     cuts = cuts.masked_fill(torch.arange(most, device=device) >= last, 2.0).sort(-1).values
-    where = (row + 0.5) / begun.clamp_min(1)
-    curve = torch.searchsorted(cuts, where.contiguous()).minimum(last)
+    share = ((row + 0.5) / max(n, 1)).expand(batch, n).contiguous()
+    curve = torch.searchsorted(cuts, share).minimum(last)
+    last = curve[:, -1:] if n else last  # some between may have no row
     first = torch.full((batch, most), float(n), dtype=torch.float64, device=device)
     first.scatter_reduce_(1, curve, row.expand(batch, n), "amin")
     count = torch.zeros(batch, most, dtype=torch.float64, device=device)
-    count.scatter_add_(1, curve, in_beginning.double())
+    count.scatter_add_(1, curve, torch.ones_like(share))
 
-    covered = _uniform(batch, most, generator=generator)  # share of the run that was observed
+    covered = 1 - _uniform(batch, most, generator=generator)  # share of the run that was observed
     finished = _uniform(batch, most, generator=generator) < 0.4
-    covered = torch.where(finished, 1.0, covered)
-    covered = covered.scatter(1, last, _uniform(batch, 1, generator=generator).square())
-    rank = row - first.gather(1, curve) + 1  # of the row in its beginning, from 1
-    observed = rank * covered.gather(1, curve) / count.gather(1, curve).clamp_min(1)
+    covered = torch.where(finished, 1.0, covered).scatter(1, last, 1.0)
+    rank = row - first.gather(1, curve) + 1  # of the row in its run, from 1
+    time = rank * (covered / count.clamp_min(1)).gather(1, curve)
 
-    other = (_uniform(batch, n, generator=generator) * siblings).long()
-    is_last = _uniform(batch, n, generator=generator) < 0.5
-    other = torch.where((covered >= 1).gather(1, other) | is_last, last, other)
-    begin = covered.gather(1, other) * (count.gather(1, other) > 0)
-    later = begin + (1 - begin) * (1 - _uniform(batch, n, generator=generator))
-
-    time = torch.where(in_beginning, observed, later).clamp(1e-6, 1.0)
     hyperparameters = _uniform(batch, most, dim, generator=generator)
     steps = _draw_steps(batch, generator=generator)
-    curve = torch.where(in_beginning, curve, other)
-    return _Layout(time, curve, last.squeeze(-1), 1 / steps, hyperparameters)
+    return _Layout(time.clamp(1e-6, 1.0), curve, last.squeeze(-1), 1 / steps, hyperparameters)
 
 
 def _draw_steps(batch: int, *, generator: torch.Generator) -> Tensor:
@@ -214,9 +198,9 @@ def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
 
 LATENTS = (
     "start finish speed shape sharpness second_share second_speed delay schedule drop_time "
-    "drop_size schedule_effect progress_effect overfit overfit_time overfit_power "
-    "diverge diverge_time noise correlation correlated settle rows flips spike_rate spike_size "
-    "worse flat scale blow_up"
+    "drop_size warm_up warm_up_time schedule_effect progress_effect overfit overfit_time "
+    "overfit_power diverge diverge_time noise correlation correlated settle rows flips "
+    "spike_rate spike_size worse flat scale blow_up"
 ).split()
 Latents = dict[str, Tensor]
 
@@ -294,7 +278,7 @@ class _Curve(NamedTuple):
         begin, end = self.ends()
         gap = begin - end
         rate, used = self.schedule(time)
-        effect = 0.7 * _share(z["progress_effect"])
+        effect = (1.5 * _share(z["progress_effect"])).clamp_max(1)  # 1: by the rate alone
         remaining = self.remaining((1 - effect) * time + effect * used)
         metric = end + gap * remaining
         # the learning rate keeps a distance from the optimum, which falls when it drops
@@ -327,12 +311,12 @@ class _Curve(NamedTuple):
         alpha = 1, and Weibull's for large alpha; delta > 1 starts slowly.
         """
         z = self.z
-        delay = 0.3 * _excess(z["delay"], 0.12).clamp_max(2.5)
+        delay = 0.3 * _excess(z["delay"], 0.18).clamp_max(2.5)
         time = torch.nn.functional.softplus((time - delay) / 0.03) * 0.03
         time = torch.where(delay > 0, time, time.clamp_min(1e-9))
         speed = _log_uniform(z["speed"], -3.0, 0.7)
         shape = _log_uniform(z["shape"], -0.6, 1.5)
-        power = (0.45 * z["sharpness"]).exp()
+        power = (0.1 + 0.5 * z["sharpness"]).exp()
 
         def phase(tau: Tensor) -> Tensor:
             return (-shape * ((time / tau) ** power / shape).log1p()).exp()
@@ -342,7 +326,10 @@ class _Curve(NamedTuple):
         return (1 - share) * phase(speed) + share * phase(later)
 
     def schedule(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """The learning rate relative to its peak, and its integral over time."""
+        """The learning rate relative to its peak, and its integral over time.
+
+        It is constant, stepped, a cosine or linear, and one in four rises at first.
+        """
         z = self.z
         kind = _share(z["schedule"])
         first = 0.3 + 0.5 * _share(z["drop_time"])
@@ -354,22 +341,26 @@ class _Curve(NamedTuple):
         cosine = (1 + (math.pi * time).cos()) / 2
         cosine_used = time / 2 + (math.pi * time).sin() / (2 * math.pi)
         options = (
-            (kind < 0.45, torch.ones_like(time), time),
-            (kind < 0.65, stepped, stepped_used),
+            (kind < 0.4, torch.ones_like(time), time),
+            (kind < 0.63, stepped, stepped_used),
             (kind < 0.87, cosine, cosine_used),
             (kind < 2.0, 1 - time, time - time.square() / 2),
         )
         rate, used = options[-1][1:]
         for chosen, a, b in reversed(options[:-1]):
             rate, used = torch.where(chosen, a, rate), torch.where(chosen, b, used)
-        return rate, used
+        rises = _share(z["warm_up"]) < 0.25
+        share = torch.where(rises, time / _log_uniform(z["warm_up_time"], -2.0, -0.5), 2.0)
+        lost = torch.where(share < 1, time * (1 - share / 2), time / (2 * share))
+        lost = torch.where(rises, lost, 0.0)  # of the integral
+        return rate * share.clamp_max(1), used - lost
 
     def overfitting(self, time: Tensor) -> Tensor:
         """What the metric loses again, relative to the gap."""
         z = self.z
-        size = torch.where(self.is_loss, 0.25, 0.06) * _excess(z["overfit"], 0.3)
+        size = torch.where(self.is_loss, 0.25, 0.06) * _excess(z["overfit"], 0.35)
         tau = _log_uniform(z["overfit_time"], -1.5, 0.3)
-        return size * ((time / tau) ** (0.35 * z["overfit_power"]).exp()).log1p()
+        return size * ((time / tau) ** (0.5 * z["overfit_power"]).exp()).log1p()
 
     def divergence(self) -> Tensor:
         """The time at which a run breaks down, beyond 1 for most."""

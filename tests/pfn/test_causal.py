@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import pfn
-from pfn.causal import CausalTransformer
+from pfn.causal import CausalTransformer, _find, _runs
 from pfn.network import build
 from pfn.predictive import Predictive
 from pfn.pretrain import PretrainConfig, draw_lesson, loss, plan
@@ -30,24 +32,60 @@ def network() -> CausalTransformer:
     return model
 
 
-def curve(n: int, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.fixture(scope="module")
+def of_sweeps() -> CausalTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = CausalTransformer(replace(CONFIG, max_features=4)).requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def curve(n: int, batch: int = 3, d: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(n)
-    tasks = LearningCurves().sample(batch, n, 1, generator=generator)
+    tasks = LearningCurves().sample(batch, n, d, generator=generator)
     return tasks.x.float(), tasks.y.float()
 
 
-def test_a_prefix_of_a_buffer_is_that_context(network: CausalTransformer) -> None:
-    x, y = curve(20)
+@pytest.mark.parametrize("d", [1, 3])
+def test_a_prefix_of_a_buffer_is_that_context(
+    network: CausalTransformer, of_sweeps: CausalTransformer, d: int
+) -> None:
+    network = network if d == 1 else of_sweeps
+    x, y = curve(20, d=d)
     queries = torch.tensor([0.7, 0.9, 1.0])[None, :, None].expand(3, -1, -1)
     for n in (0, 1, 7, 20):
-        alone = network.mixture_y(
-            network.answer(x[:, :n], y[:, :n], None, FromContext(), queries)[0]
-        )
+        own = x[:, max(n - 1, 0), None, 1:].expand(-1, 3, -1)  # of the run that the prefix ends in
+        asked = torch.cat([queries, own], -1)
+        alone = network.mixture_y(network.answer(x[:, :n], y[:, :n], None, FromContext(), asked)[0])
         empty = network.encode(x[:, :0], y[:, :0])
         visible = torch.full((3,), n)
-        told = network.decode(empty, queries, buffer=(x, y), visible=visible)
+        told = network.decode(empty, asked, buffer=(x, y), visible=visible)
         for one, other in zip(alone, network.mixture_y(told), strict=True):
             torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_runs_of_a_sweep_are_told_apart() -> None:
+    time = [0.1, 0.2, 0.3, 0.4, 0.1, 0.2, 0.5]
+    own = [0.5, 0.5, 0.7, 0.7, 0.7, 0.5, 0.5]
+    x = torch.tensor([time, own]).T[None]
+    assert _runs(x).tolist() == [[0, 0, 1, 1, 2, 3, 3]]
+    asked = torch.tensor([[0.9, 0.5], [0.9, 0.7], [0.9, 0.1]])[None]
+    for limit, found in ((7, [7, 5, 0]), (6, [6, 5, 0]), (4, [2, 4, 0]), (1, [1, 0, 0])):
+        assert _find(x, asked, torch.full((1, 3), limit)).tolist() == [found]
+
+
+def test_what_a_prefix_says_is_said_of_its_last_run(of_sweeps: CausalTransformer) -> None:
+    x, y = curve(24, batch=8, d=2)
+    runs = _runs(x)
+    state = of_sweeps._state(x[..., 0], y, runs)
+    for i in range(8):
+        begin = int((runs[i] == runs[i, -1]).nonzero()[0])
+        own = x[i : i + 1, begin:], y[i : i + 1, begin:]
+        alone = of_sweeps._state(own[0][..., 0], own[1], _runs(own[0]))
+        for whole, part in zip(state, alone, strict=True):
+            torch.testing.assert_close(whole[i, -1], part[0, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_points_added_to_a_context_are_read_as_if_they_had_been_in_it(
@@ -103,6 +141,27 @@ def test_a_lesson_asks_for_rows_that_come_after_what_they_see() -> None:
     assert bool(value.isfinite())
 
 
+def test_a_lesson_of_sweeps_shows_the_runs_before_and_a_beginning_of_its_own() -> None:
+    config = PretrainConfig(
+        causal=True, max_features=4, max_context=60, queries=200, tokens=4000, tasks=1
+    )
+    sizes = plan(config, 0, 0)._replace(features=3)
+    network = replace(CONFIG, max_features=4)
+    lesson = draw_lesson(LearningCurves(), network, config, sizes, 0, 0, torch.device("cpu"))
+    assert lesson.buffer is not None and lesson.visible is not None
+    x, _ = lesson.buffer
+    runs = _runs(x)
+    alone = 0.0
+    for i in range(len(x)):
+        row = (x[i] == lesson.x_query[i].unsqueeze(1)).all(-1).float().argmax(-1)
+        begin = (runs[i] < runs[i, row].unsqueeze(-1)).sum(-1)
+        assert ((begin <= lesson.visible[i]) & (lesson.visible[i] <= row)).all()
+        alone += float((lesson.visible[i] == begin)[row > begin + 5].float().mean()) / len(x)
+    assert 0.2 < alone < 0.5  # a fifth, and those whose beginning is empty by chance
+    value, _, _ = loss(build(network), lesson)
+    assert bool(value.isfinite())
+
+
 def test_training_lowers_the_loss_of_curves() -> None:
     config = PretrainConfig(causal=True, max_context=30, queries=60, tokens=1800, tasks=1)
     with torch.random.fork_rng():
@@ -132,9 +191,7 @@ def test_its_mixtures_are_distributions(network: CausalTransformer) -> None:
     )
 
 
-def test_more_features_or_latents_are_refused() -> None:
-    with pytest.raises(ValueError, match="one feature"):
-        CausalTransformer(TransformerConfig(max_features=2, causal=True))
+def test_latents_are_refused() -> None:
     with pytest.raises(ValueError, match="no latents"):
         CausalTransformer(TransformerConfig(1, latents=(Latent("noise"),), causal=True))
 
