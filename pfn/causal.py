@@ -173,10 +173,12 @@ class CausalTransformer(Network):
         Args:
             known, own: as other networks take them; a causal one has no use for either.
         """
-        empty = self._nothing(x)
-        return self._run(empty, x, y, x[:, :0], torch.zeros(0, dtype=torch.long, device=x.device))[
-            0
-        ]
+        return self.extend(self._nothing(x), x, y, x[:, :0])[0]
+
+    def extend(self, read: Read, x: Tensor, y: Tensor, x_query: Tensor) -> tuple[Read, Told]:
+        """Reads more points (b, k, d), (b, k) after a context, and queries that see them all."""
+        visible = torch.full((x_query.shape[1],), x.shape[1], device=x.device)
+        return self._run(read, x, y, x_query, visible)
 
     def answer(
         self,
@@ -189,8 +191,7 @@ class CausalTransformer(Network):
         latents: bool = False,
     ) -> tuple[Told, Scaling]:
         """What `decode` gives for `encode` of a context, in one pass; and the scaling."""
-        visible = torch.full((x_query.shape[1],), x.shape[1], device=x.device)
-        read, told = self._run(self._nothing(x), x, y, x_query, visible)
+        read, told = self.extend(self._nothing(x), x, y, x_query)
         return told, read.scaling
 
     def decode(
@@ -315,14 +316,13 @@ class CausalTransformer(Network):
         earlier = (runs.unsqueeze(-1) == runs.unsqueeze(1)) & (place[:, None] >= place)
         count = earlier.sum(-1).to(y)
         lag = (place[:, None] - place).clamp_min(0).to(y)
-        levels, rough = [], []
         # the first change is from the prior's mean, which says little of roughness
         square = torch.where(begins, change.square().clamp_max(0.01), change.square())
-        for memory in MEMORIES:
-            weight = (-lag / memory).exp() * earlier
-            weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-9)
-            levels.append((weight @ y.unsqueeze(-1)).squeeze(-1))
-            rough.append(((weight @ square.unsqueeze(-1)).squeeze(-1) + FLOOR**2).sqrt())
+        memories = torch.tensor(MEMORIES, device=y.device, dtype=y.dtype)[:, None, None]
+        weight = (-lag / memories).exp() * earlier.unsqueeze(1)  # (b, memory, n, n)
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-9)
+        levels = torch.einsum("bmij,bj->mbi", weight, y).unbind(0)
+        rough = (torch.einsum("bmij,bj->mbi", weight, square) + FLOOR**2).sqrt().unbind(0)
         unit = rough[-1] if n else y
         inner = y.clamp(1e-4, 1 - 1e-4)
         octaves = 2.0 ** torch.arange(WAVES, device=y.device)

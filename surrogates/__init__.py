@@ -14,7 +14,7 @@ from surrogates.names import available as available
 
 if TYPE_CHECKING:
     from surrogates.base import Surrogate as Surrogate
-    from surrogates.extrapolation import Curve as Curve
+    from surrogates.curve_posterior import Curve as Curve
     from surrogates.extrapolation import extrapolate as extrapolate
     from surrogates.fitting import fit as fit
     from surrogates.keras_callback import KerasCurveStopping as KerasCurveStopping

@@ -121,9 +121,7 @@ def extrapolate_command(
     steps = np.arange(1.0, len(seen.values) + 1) if seen.steps is None else seen.steps
     criterion = Criterion(horizon, mode, bounds, confidence, min_delta, warmup=0, patience=1)
     decision = judge(criterion, seen.values.tolist(), steps.tolist(), best)
-    curve = decision.curve
-    if curve is None:  # nothing to compare with, or nothing left
-        curve = extrapolate(seen.values, horizon, steps.tolist(), mode, bounds)
+    curve = extrapolate(seen.values, horizon, steps.tolist(), mode, bounds)  # at every step
     if plot is not None:
         from pfn.plot import import_pyplot
         from surrogates.curve_plots import plot_curve

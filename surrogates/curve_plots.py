@@ -12,7 +12,7 @@ from pfn.plot import BLUE, GREY, INK, import_pyplot, quiet
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from surrogates.extrapolation import Curve
+    from surrogates.curve_posterior import Curve
 
 WIDTH = 78  # characters of a line of the title
 

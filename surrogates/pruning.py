@@ -98,7 +98,7 @@ class CurvePruner(BasePruner):
         values = [trial.intermediate_values[step] for step in steps]
         places = [float(step + offset) for step in steps]
         if places[-1] >= criterion.horizon:  # its last report: nothing is left to save
-            return Decision(False, False, math.nan, (math.nan,) * 3, "The trial is complete.", None)
+            return Decision(False, "The trial is complete.")
         hopeless = 0
         for back in range(criterion.patience - 1, 0, -1):
             count = len(values) - back

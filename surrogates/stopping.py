@@ -6,24 +6,28 @@ alone, so that it may run in any process and again after a restart.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pfn import PFN
-from surrogates.extrapolation import MODEL, Curve, extrapolate, surprise
+from surrogates.curve_posterior import Curve
+from surrogates.extrapolation import MODEL, Reader
 from surrogates.metrics import Bounds, check_steps, check_values, read_metric
 
 PAUSE = 0.1  # of the tolerated probability: a run that is stopped with more than that may resume
+ASKED = 32  # remaining steps that a decision asks the network for, at most
 OUTSIDE = 1e-4  # p-value below which a curve is unlike any of the prior
 
 
-class Decision(NamedTuple):
+@dataclass(frozen=True)
+class Decision:
     """What to do with a run, and why.
 
     Attributes:
@@ -31,17 +35,31 @@ class Decision(NamedTuple):
         pause: whether to keep its state when it is stopped: it may be the next best thing to do.
         probability: that the best of the rest beats the incumbent; NaN where the model was not
             asked.
-        final: median of the value at the horizon, and the ends of its 90 % interval; NaN likewise.
-        reason: in words.
-        curve: the rest, as predicted.
+        curve: the rest, as predicted, at no more than 32 steps; None likewise.
     """
 
     stop: bool
-    pause: bool
-    probability: float
-    final: tuple[float, float, float]
-    reason: str
-    curve: Curve | None
+    why: str = field(repr=False)
+    pause: bool = False
+    probability: float = math.nan
+    curve: Curve | None = field(default=None, repr=False)
+
+    @functools.cached_property
+    def final(self) -> tuple[float, float, float]:
+        """Median of the value at the horizon, and the ends of its 90 % interval; or NaN."""
+        if self.curve is None:
+            return (math.nan,) * 3
+        levels = torch.tensor([0.5, 0.05, 0.95], dtype=torch.float64)
+        middle, low, high = self.curve[-1].icdf(levels).tolist()
+        return middle, low, high
+
+    @property
+    def reason(self) -> str:
+        """The decision in words."""
+        if self.curve is None:
+            return self.why
+        middle, low, high = self.final
+        return f"{self.why}; expected at the end {middle:.4g} (90 %: {low:.4g} to {high:.4g})."
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,7 @@ class StopRule:
         self.values: list[float] = []
         self.steps: list[float] = []
         self._hopeless = 0  # updates in a row
+        self._reader: Reader | None = None  # made with the first value
 
     def __repr__(self) -> str:
         return f"StopRule({self.criterion}, best={self.best}, {len(self.values)} values)"
@@ -143,7 +162,8 @@ class StopRule:
             step = self.steps[-1] + 1 if self.steps else 1
         values, steps = [*self.values, float(value)], [*self.steps, float(step)]
         check_steps(steps, len(values), self.criterion.horizon)
-        decision = judge(self.criterion, values, steps, self.best, self._hopeless)
+        self._reader = self._reader or Reader(self.criterion.model)
+        decision = judge(self.criterion, values, steps, self.best, self._hopeless, self._reader)
         self.values, self.steps = values, steps
         self._hopeless = self._hopeless + 1 if is_hopeless(decision, self.criterion) else 0
         return decision
@@ -175,45 +195,46 @@ def judge(
     steps: Sequence[float],
     best: float | None,
     hopeless: int = 0,
+    reader: Reader | None = None,
 ) -> Decision:
-    """The decision on a run with these values; `hopeless` updates in a row spoke for stopping."""
+    """The decision on a run with these values.
+
+    Args:
+        hopeless: how many updates in a row spoke for stopping.
+        reader: of the criterion's model, which has maybe read a beginning of the run.
+    """
     array = check_values(values)
     where = f"After step {steps[-1]:g} of {criterion.horizon:g}" if len(steps) else "At the start"
     if len(array) and steps[-1] >= criterion.horizon:
-        return _unasked(True, f"{where}: the run is complete.")
+        return Decision(True, f"{where}: the run is complete.")
     if len(array) <= criterion.warmup or steps[-1] < criterion.min_steps:
-        return _unasked(False, f"{where}: too early to judge (warm-up).")
+        return Decision(False, f"{where}: too early to judge (warm-up).")
     incumbent, whose = find_incumbent(array, criterion.mode, best)
     if incumbent is None:
-        return _unasked(False, f"{where}: no finite value to compare with.")
+        return Decision(False, f"{where}: no finite value to compare with.")
     how = (criterion.horizon, steps, criterion.mode, criterion.bounds)
-    curve = extrapolate(array, *how, model=criterion.model)
+    reader = reader or Reader(criterion.model)
+    curve = reader.extrapolate(array, *how, most=ASKED)
     probability = curve.prob_best(incumbent, min_delta=criterion.min_delta)
-    end = curve[-1]
-    levels = torch.tensor([0.5, 0.05, 0.95], dtype=torch.float64)
-    middle, low, high = end.icdf(levels).tolist()
     tolerated = 1 - criterion.confidence
     more = f" by more than {criterion.min_delta:g}," if criterion.min_delta else ""
-    reason = (
+    why = (
         f"{where}: the rest beats {whose}, {incumbent:.4g},{more} with probability"
-        f" {_percent(probability)}, {{}}; expected at the end {middle:.4g} (90 %: {low:.4g} to"
-        f" {high:.4g})."
+        f" {_percent(probability)}"
     )
-    pause = probability >= PAUSE * tolerated
-    final = (middle, low, high)
     if probability >= tolerated:
-        words = f"at least the {_percent(tolerated)} that are worth it"
-        return Decision(False, False, probability, final, reason.format(words), curve)
-    words = f"less than {_percent(tolerated)}"
+        why += f", at least the {_percent(tolerated)} that are worth it"
+        return Decision(False, why, False, probability, curve)
+    why += f", less than {_percent(tolerated)}"
     if hopeless + 1 < criterion.patience:
-        words += f", for {hopeless + 1} of {criterion.patience} updates"
-        return Decision(False, False, probability, final, reason.format(words), curve)
+        why += f", for {hopeless + 1} of {criterion.patience} updates"
+        return Decision(False, why, False, probability, curve)
     if criterion.check_prior:
-        p = surprise(array, *how, model=criterion.model)
+        p = reader.surprise(array, *how)
         if p < OUTSIDE:
-            words += f", but the curve is unlike any that the model knows (p = {p:.1g})"
-            return Decision(False, False, probability, final, reason.format(words), curve)
-    return Decision(True, pause, probability, final, reason.format(words), curve)
+            why += f", but the curve is unlike any that the model knows (p = {p:.1g})"
+            return Decision(False, why, False, probability, curve)
+    return Decision(True, why, probability >= PAUSE * tolerated, probability, curve)
 
 
 def is_hopeless(decision: Decision, criterion: Criterion) -> bool:
@@ -232,10 +253,6 @@ def find_incumbent(
     choose = max if mode == "max" else min
     incumbent = choose(finite + given)
     return incumbent, "the best so far" if incumbent in given else "its own best"
-
-
-def _unasked(stop: bool, reason: str) -> Decision:
-    return Decision(stop, False, math.nan, (math.nan,) * 3, reason, None)
 
 
 def _percent(p: float) -> str:

@@ -12,7 +12,8 @@ from numpy.testing import assert_allclose
 import pfn
 from priors import LearningCurves
 from surrogates import extrapolate
-from surrogates.extrapolation import DRAWS, remaining_steps, thin
+from surrogates.curve_posterior import DRAWS
+from surrogates.extrapolation import remaining_steps, thin
 
 ACCURACY = 0.9 - 0.6 / np.sqrt(np.arange(1.0, 16))
 LOSS = 0.3 + 2.0 / np.arange(1.0, 16)

@@ -13,7 +13,7 @@ import torch
 
 from priors import LearningCurves
 from surrogates import CurvePruner, StopRule
-from surrogates.extrapolation import surprise
+from surrogates.extrapolation import Reader
 from surrogates.stopping import Criterion, judge
 
 EPOCHS = 40
@@ -139,7 +139,7 @@ def test_steps_may_be_irregular() -> None:
 def test_a_curve_unlike_any_of_the_prior_is_not_stopped_where_that_is_checked() -> None:
     waves = 0.5 + 0.4 * np.sin(np.arange(1, 31) / 3)  # no training rises and falls like this
     steps = list(range(1, 31))
-    assert surprise(waves, 60) < 1e-4 < surprise(POOR[:30], 60)
+    assert Reader().surprise(waves, 60) < 1e-4 < Reader().surprise(POOR[:30], 60)
     for check, stops in ((False, True), (True, False)):
         decision = judge(Criterion(60, check_prior=check, patience=1), waves, steps, 0.9999)
         assert decision.probability < 0.05
@@ -152,7 +152,7 @@ def test_p_values_of_draws_of_the_prior_are_not_small() -> None:
         150, 30, 1, generator=torch.Generator().manual_seed(4)
     )
     p = [
-        surprise(y.clamp(0, 1), 1.0, x.tolist(), bounds=(0, 1))
+        Reader().surprise(y.clamp(0, 1), 1.0, x.tolist(), bounds=(0, 1))
         for x, y in zip(tasks.x[..., 0], tasks.y, strict=True)
     ]
     assert sum(value < 0.01 for value in p) <= 12  # of 150, where 1.5 are expected of a posterior
