@@ -32,6 +32,7 @@ from pfn.units import FromContext
 MEMORIES = (1.0, 4.0, 16.0)  # points over which levels and roughness are averaged
 FLOOR = 2e-4  # of a roughness, in units of y
 WAVES = 7  # octaves of y's embedding
+OF_SWEEPS = ("embed_run", "prefer_own")  # parameters that a network of single curves lacks
 RUN_WAVES = 5  # numbers that a hyperparameter is embedded by
 LEAST = 1e-6  # of a time or a time between points
 NARROWEST = -9.5  # log of the least standard deviation of a component

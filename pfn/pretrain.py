@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pfn.causal import OF_SWEEPS
 from pfn.library import load
 from pfn.mixture import mixture_log_prob
 from pfn.network import Network, build
@@ -263,19 +264,22 @@ def pretrain(
 def begin_with(checkpoint: str, model: Network) -> None:
     """Copies the weights of a checkpoint into `model`.
 
+    One of single curves can begin a network of sweeps, whose further weights stay random.
+
     Raises:
         ValueError: if there is none, or its parameters have other shapes.
     """
     weights = load(checkpoint).transformer.state_dict()
     there = {name: tuple(value.shape) for name, value in weights.items()}
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if there != wanted:
+    own = {name: wanted[name] for name in wanted if any(part in name for part in OF_SWEEPS)}
+    if there not in (wanted, {k: v for k, v in wanted.items() if k not in own}):
         name = next(k for k in sorted(there | wanted) if there.get(k) != wanted.get(k))
         raise ValueError(
             f"Expected an init with the recipe's architecture; {checkpoint!r} has {name} of shape"
             f" {there.get(name)} where this network has {wanted.get(name)}."
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

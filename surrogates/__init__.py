@@ -15,6 +15,7 @@ from surrogates.names import available as available
 if TYPE_CHECKING:
     from surrogates.base import Surrogate as Surrogate
     from surrogates.curve_posterior import Curve as Curve
+    from surrogates.extrapolation import Sibling as Sibling
     from surrogates.extrapolation import extrapolate as extrapolate
     from surrogates.fitting import fit as fit
     from surrogates.keras_callback import KerasCurveStopping as KerasCurveStopping
@@ -36,7 +37,8 @@ _MODULES = {
     "maximize": "optimize",
     "minimize": "optimize",
     "PFNSampler": "sampler",
-    "Curve": "extrapolation",
+    "Curve": "curve_posterior",
+    "Sibling": "extrapolation",
     "extrapolate": "extrapolation",
     "Decision": "stopping",
     "StopRule": "stopping",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,24 @@ from surrogates.metrics import Bounds, Metric, check_steps, check_values, read_m
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 MODEL = "curves"
+MODEL_OF_SWEEPS = "sweeps"
 MOST_STEPS = 10_000  # steps that are predicted
+MOST_SIBLINGS = 31  # runs that are read beside a run, those with the nearest hyperparameters
+OWN = 128  # values of a run that are read beside siblings
+
+
+class Sibling(NamedTuple):
+    """Another run of a sweep, complete or not.
+
+    Attributes:
+        values: (n,) of the metric, in order of time.
+        hyperparameters: (k,) of the run, each scaled to [0, 1]; categories one-hot.
+        steps: (n,) of the values, by default 1 to n.
+    """
+
+    values: Any
+    hyperparameters: Any
+    steps: Sequence[float] | None = None
 
 
 def extrapolate(
@@ -34,7 +52,9 @@ def extrapolate(
     mode: str = "max",
     bounds: Bounds | None = None,
     *,
-    model: str | PFN = MODEL,
+    siblings: Sequence[Sibling] = (),
+    hyperparameters: Any = None,
+    model: str | PFN | None = None,
 ) -> Curve:
     """The posterior of the rest of a learning curve, from its beginning.
 
@@ -49,30 +69,49 @@ def extrapolate(
         bounds: (low, high) of the metric, None where there is none. By default [0, 1] for a metric
             to be maximised whose values lie there, 0 below for one to be minimised that is never
             negative, and none otherwise; see `metrics.py`.
-        model: a network of learning curves.
+        siblings: other runs of the same sweep with the same metric and horizon, which tell what
+            runs with near hyperparameters do; of many, the 31 nearest are read.
+        hyperparameters: (k,) of this run, as those of the siblings; k <= 10.
+        model: a network of learning curves, by default "curves", or "sweeps" beside siblings.
 
     Returns:
         A `Curve` of batch_shape (horizon - n,) at the steps that remain.
 
     Raises:
-        ValueError: values, steps, horizon, mode or bounds that do not fit each other.
+        ValueError: values, steps, horizon, mode, bounds or hyperparameters that do not fit each
+            other.
 
     Example:
         >>> curve = extrapolate([0.3, 0.5, 0.6, 0.66, 0.69], horizon=50)
         >>> curve.batch_shape, curve.prob_above(0.75) > curve.prob_above(0.95)
         (torch.Size([45]), True)
     """
-    return Reader(model).extrapolate(values, horizon, steps, mode, bounds)
+    reader = Reader(model, siblings, hyperparameters)
+    return reader.extrapolate(values, horizon, steps, mode, bounds)
 
 
 class Reader:
-    """Asks a network about runs that grow: what it has read of a run is not read again."""
+    """Asks a network about runs that grow: what it has read of a run is not read again.
 
-    def __init__(self, model: str | PFN = MODEL) -> None:
+    Args:
+        model, siblings, hyperparameters: as of `extrapolate`.
+    """
+
+    def __init__(
+        self,
+        model: str | PFN | None = None,
+        siblings: Sequence[Sibling] = (),
+        hyperparameters: Any = None,
+    ) -> None:
+        if model is None:
+            model = MODEL_OF_SWEEPS if len(siblings) else MODEL
         self.network = load(model) if isinstance(model, str) else model
         assert isinstance(self.network.transformer, CausalTransformer)
+        self.siblings, self.hyperparameters = _check_sweep(
+            siblings, hyperparameters, self.network.card.d_range[1] - 1
+        )
         self._transformer = self.network.transformer
-        none = torch.zeros(1, 0, 1)
+        none = torch.zeros(1, 0, 1 + len(self.hyperparameters))
         with torch.inference_mode():
             self._nothing = self._transformer.encode(none, none[..., 0])
         self._read = self._nothing
@@ -90,11 +129,11 @@ class Reader:
         """As the function; at no more than `most` of the remaining steps, the last among them."""
         array = check_values(values)
         seen = check_steps(steps, len(array), horizon)
-        metric = read_metric(array, mode, bounds)
+        metric = read_metric(array, mode, bounds, [run.values for run in self.siblings])
         grid = torch.from_numpy(remaining_steps(seen, float(horizon)))
         rest = grid if most is None else grid[spread(len(grid), most)]
         x, y = self._rows(metric, array, seen, horizon)
-        told = self._ask(x, y, (rest / horizon).unsqueeze(-1).float())
+        told = self._ask(x, y, self._places(rest.numpy() / horizon, self.hyperparameters))
         with torch.inference_mode():
             mixtures = self._transformer.mixture_y(told), self._transformer.mixture_f(told)
         marginals, noise_free = map(_predictive, mixtures)
@@ -117,25 +156,52 @@ class Reader:
         """
         array = check_values(values)
         seen = check_steps(steps, len(array), horizon)
-        x, y = self._rows(read_metric(array, mode, bounds), array, seen, horizon)
-        if not len(y):
+        metric = read_metric(array, mode, bounds, [run.values for run in self.siblings])
+        x, y = self._rows(metric, array, seen, horizon)
+        own = min(len(y), len(thin(len(array), self._most)))
+        if not own:
             return 1.0
+        visible = torch.arange(len(y) - own, len(y))
         with torch.inference_mode():
             told = self._transformer.decode(
-                self._nothing, x[None], buffer=(x[None], y[None]), visible=torch.arange(len(y))
+                self._nothing, x[None, -own:], buffer=(x[None], y[None]), visible=visible
             )
-            below = _predictive(self._transformer.mixture_y(told)).cdf(y.double())
+            below = _predictive(self._transformer.mixture_y(told)).cdf(y[-own:].double())
         tails = (2 * torch.minimum(below, 1 - below)).clamp(1e-12, 1)
-        count = torch.tensor(float(len(y)), dtype=torch.float64)
+        count = torch.tensor(float(own), dtype=torch.float64)
         return float(torch.special.gammaincc(count, -tails.log().sum()))
+
+    @property
+    def _most(self) -> int:
+        """Values of the run itself that are read."""
+        most = self.network.card.max_context
+        return min(OWN, most // 2) if self.siblings else most
 
     def _rows(
         self, metric: Metric, values: Array, seen: Array, horizon: float
     ) -> tuple[Tensor, Tensor]:
-        """What the network reads of a run, x (n, 1) and y (n,)."""
-        keep = thin(len(values), self.network.card.max_context)
-        y = metric.encode(torch.from_numpy(values))[keep]
-        return torch.from_numpy(seen / horizon)[keep].unsqueeze(-1).float(), y.float()
+        """What the network reads, x (n, 1 + k) and y (n,): siblings, then the run itself."""
+        each = (self.network.card.max_context - self._most) // max(1, len(self.siblings))
+        runs = [
+            *((run.values, run.steps, run.hyperparameters, each) for run in self.siblings),
+            (values, seen, self.hyperparameters, self._most),
+        ]
+        x, y = [], []
+        for of_run, steps, hyperparameters, most in runs:
+            if len(steps) and steps[-1] > horizon:
+                raise ValueError(
+                    f"Expected siblings within the horizon, {horizon:g}; got step {steps[-1]:g}."
+                )
+            keep = thin(len(of_run), most)
+            x.append(self._places(steps[keep.numpy()] / horizon, hyperparameters))
+            y.append(metric.encode(torch.from_numpy(of_run)[keep]).float())
+        return torch.cat(x), torch.cat(y)
+
+    @staticmethod
+    def _places(time: Array, hyperparameters: Array) -> Tensor:
+        """Inputs (n, 1 + k) of the network."""
+        own = np.broadcast_to(hyperparameters, (len(time), len(hyperparameters)))
+        return torch.from_numpy(np.concatenate([time[:, None], own], 1)).float()
 
     def _ask(self, x: Tensor, y: Tensor, x_query: Tensor) -> Told:
         """What becomes of queries (m, d) after a context (n, d), (n,), which is kept as read."""
@@ -151,6 +217,46 @@ class Reader:
                 self._read, x[None, known:], y[None, known:], x_query[None]
             )
         return told
+
+
+class _Run(NamedTuple):
+    """A sibling that was checked."""
+
+    values: Array
+    hyperparameters: Array
+    steps: Array
+
+
+def _check_sweep(
+    siblings: Sequence[Sibling], hyperparameters: Any, most: int
+) -> tuple[list[_Run], Array]:
+    """The nearest siblings that have values, and the run's own hyperparameters (k,)."""
+    if not len(siblings):  # alone, a run's hyperparameters say nothing
+        return [], np.empty(0)
+    if hyperparameters is None:
+        raise ValueError("Expected hyperparameters (k,) of the run, as of its siblings; got None.")
+    own = check_values(hyperparameters)
+    runs = []
+    for sibling in siblings:
+        values, point = check_values(sibling.values), check_values(sibling.hyperparameters)
+        if len(point) != len(own):
+            raise ValueError(
+                f"Expected as many hyperparameters of each sibling as of the run, {len(own)}; got"
+                f" {len(point)}."
+            )
+        steps = check_steps(sibling.steps, len(values), sys.float_info.max)
+        if len(values):
+            runs.append(_Run(values, point, steps))
+    if not 1 <= len(own) <= most:
+        raise ValueError(
+            f"Expected 1 to {most} hyperparameters, which the network knows; got {len(own)}."
+        )
+    for point in (own, *(run.hyperparameters for run in runs)):
+        if not ((point >= 0) & (point <= 1)).all():
+            raise ValueError(f"Expected hyperparameters in [0, 1]; got {point.tolist()}.")
+    far = [float(np.square(run.hyperparameters - own).sum()) for run in runs]
+    nearest = sorted(np.argsort(far, kind="stable")[:MOST_SIBLINGS])
+    return [runs[i] for i in nearest], own
 
 
 def _predictive(mixture: Mixture) -> Predictive:

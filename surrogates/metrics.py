@@ -1,7 +1,8 @@
 """Metrics of trainings as the network of curves sees them: y in [0, 1], higher is better.
 
 The rule, for a goodness g = v (mode "max") or -v (mode "min") with a top and a bottom where the
-bounds give them, and for the first finite value seen, v0:
+bounds give them, and for the first finite value seen, v0 (beside runs of the same sweep, medians
+over the runs take the place of v0 and s):
 
 - top and bottom (an accuracy, an error rate): y = (g - bottom) / (top - bottom);
 - a top only (a loss >= 0): y = s / (s + top - g), where s is the distance of v0 from the top, so
@@ -88,31 +89,47 @@ class Metric:
         return math.isfinite(self.bottom) and math.isfinite(self.top)
 
 
-def read_metric(values: NDArray[np.float64], mode: str, bounds: Bounds | None) -> Metric:
-    """The map for a metric of which `values` (n,) were seen.
+def read_metric(
+    values: NDArray[np.float64],
+    mode: str,
+    bounds: Bounds | None,
+    siblings: Sequence[NDArray[np.float64]] = (),
+) -> Metric:
+    """The map for a metric of which `values` (n,) were seen, and `siblings` of other runs.
 
     Without bounds, a metric to be maximised whose values all lie in [0, 1] is bounded by these, one
-    to be minimised that is never negative is bounded by 0 below, and any other is unbounded.
+    to be minimised that is never negative is bounded by 0 below, and any other is unbounded. Beside
+    siblings, center and scale are medians of the runs'.
 
     Raises:
         ValueError: a mode that is none, bounds out of order, or values outside of them.
     """
     if mode not in MODES:
         raise ValueError(f"Expected a mode among {MODES}; got {mode!r}.")
-    finite = values[np.isfinite(values)]
+    runs = [run[np.isfinite(run)] for run in (values, *siblings)]
+    finite = np.concatenate(runs)
     low, high = _check_bounds(bounds, finite) if bounds is not None else _guess(finite, mode)
     sign = 1.0 if mode == "max" else -1.0
     bottom, top = (low, high) if mode == "max" else (-high, -low)
-    first = float(finite[0]) if len(finite) else _inside(low, high)
-    if math.isfinite(bottom) or math.isfinite(top):
-        side = top if math.isfinite(top) else bottom
-        apart = np.abs(sign * finite - side)
-        apart = apart[apart > LEAST]
-        scale = float(apart[0]) if len(apart) else 1.0
+    begun = [run for run in runs if len(run)]
+    center = float(np.median([run[0] for run in begun])) if begun else _inside(low, high)
+    side = top if math.isfinite(top) else bottom
+    scales = [scale for run in begun if (scale := _scale(sign * run, side)) is not None]
+    if scales:
+        scale = float(np.median(scales))
     else:
-        reach = np.abs(finite - first).max(initial=0.0)
-        scale = float(reach if reach > LEAST * max(1.0, abs(first)) else max(abs(first), 1.0))
-    return Metric(sign, bottom, top, first, scale)
+        scale = 1.0 if math.isfinite(side) else max(abs(center), 1.0)
+    return Metric(sign, bottom, top, center, scale)
+
+
+def _scale(goodness: NDArray[np.float64], side: float) -> float | None:
+    """Of one run: its first distance from a bound, or its largest from its first value."""
+    if math.isfinite(side):
+        apart = np.abs(goodness - side)
+        apart = apart[apart > LEAST]
+        return float(apart[0]) if len(apart) else None
+    reach = float(np.abs(goodness - goodness[0]).max())
+    return reach if reach > LEAST * max(1.0, abs(float(goodness[0]))) else None
 
 
 def _check_bounds(bounds: Any, finite: NDArray[np.float64]) -> tuple[float, float]:

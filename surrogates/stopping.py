@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pfn import PFN
 from surrogates.curve_posterior import Curve
-from surrogates.extrapolation import MODEL, Reader
+from surrogates.extrapolation import Reader, Sibling
 from surrogates.metrics import Bounds, check_steps, check_values, read_metric
 
 PAUSE = 0.1  # of the tolerated probability: a run that is stopped with more than that may resume
@@ -75,7 +75,7 @@ class Criterion:
     min_steps: float = 0.0
     patience: int = 2
     check_prior: bool = False
-    model: str | PFN = MODEL
+    model: str | PFN | None = None
 
     def __post_init__(self) -> None:
         check_steps(None, 0, self.horizon)
@@ -110,7 +110,9 @@ class StopRule:
         patience: updates in a row that must speak for stopping, so that one unlucky value does not.
         check_prior: whether to let a run go on where its values are none that the model would have
             predicted: then its word counts for nothing.
-        model: a network of learning curves.
+        siblings, hyperparameters: other runs of the sweep, and this run's place among them, as for
+            `extrapolate`.
+        model: a network of learning curves, as for `extrapolate`.
 
     Raises:
         ValueError: an argument out of range.
@@ -136,7 +138,9 @@ class StopRule:
         min_steps: float = 0.0,
         patience: int = 2,
         check_prior: bool = False,
-        model: str | PFN = MODEL,
+        siblings: Sequence[Sibling] = (),
+        hyperparameters: Any = None,
+        model: str | PFN | None = None,
     ) -> None:
         self.criterion = Criterion(
             horizon, mode, bounds, confidence, min_delta, warmup, min_steps, patience, check_prior,
@@ -146,7 +150,7 @@ class StopRule:
         self.values: list[float] = []
         self.steps: list[float] = []
         self._hopeless = 0  # updates in a row
-        self._reader: Reader | None = None  # made with the first value
+        self._reader = Reader(model, siblings, hyperparameters)
 
     def __repr__(self) -> str:
         return f"StopRule({self.criterion}, best={self.best}, {len(self.values)} values)"
@@ -162,7 +166,6 @@ class StopRule:
             step = self.steps[-1] + 1 if self.steps else 1
         values, steps = [*self.values, float(value)], [*self.steps, float(step)]
         check_steps(steps, len(values), self.criterion.horizon)
-        self._reader = self._reader or Reader(self.criterion.model)
         decision = judge(self.criterion, values, steps, self.best, self._hopeless, self._reader)
         self.values, self.steps = values, steps
         self._hopeless = self._hopeless + 1 if is_hopeless(decision, self.criterion) else 0
@@ -171,7 +174,7 @@ class StopRule:
     def decide(self) -> Decision:
         """The decision on the values so far, say for a paused run or after `best` has changed."""
         before = max(self._hopeless, self.criterion.patience - 1)
-        return judge(self.criterion, self.values, self.steps, self.best, before)
+        return judge(self.criterion, self.values, self.steps, self.best, before, self._reader)
 
     def state_dict(self) -> dict[str, Any]:
         """What it has seen, as plain numbers."""
