@@ -27,7 +27,7 @@ _ENDS = torch.special.ndtr((SCORES[1:] + SCORES[:-1]) / 2)
 WEIGHTS = torch.diff(_ENDS, prepend=_ENDS.new_zeros(1), append=_ENDS.new_ones(1))
 EDGE = 1e-4  # y of an unbounded metric this near to its open end is the end
 DIVERGED = 0.1  # y below which an unbounded metric has diverged: a loss of 9 times the first
-DRAWS = 512  # of the rest of a curve, behind joint probabilities
+DRAWS = 1024  # of the rest of a curve, behind joint probabilities
 MEMORY, COMMON = 0.25, 0.6  # of the copula of remaining steps, see `Curve`
 
 
@@ -237,15 +237,32 @@ class Curve(MetricPredictive):
             raise ValueError(f"Expected a finite best and min_delta >= 0; got {best}, {min_delta}.")
         if not len(self.steps):
             return 0.0
-        sign = self.metric.sign
-        level = torch.as_tensor(best + sign * min_delta, dtype=torch.float64)
-        worse = torch.special.ndtri(self._tail(level, sign).clamp(1e-15, 1 - 1e-15))  # marginally
-        worse, share, clock = self._between(torch.stack([worse, self._share, self._clock])).float()
+        level = best + self.metric.sign * min_delta
+        return 1 - float(self._none_above(self._encode(torch.tensor([level]).double())))
+
+    def quantile_best(self, p: float) -> float:
+        """What the best of the remaining values is no better than with probability p in (0, 1)."""
+        if not 0 < p < 1:
+            raise ValueError(f"Expected a probability between 0 and 1; got {p}.")
+        if not len(self.steps):
+            raise ValueError("Expected steps that remain; the curve is at its horizon.")
+        low, high = self._ends
+        for _ in range(4):  # each narrows y to a sixteenth
+            y = torch.linspace(low, high, 17, dtype=torch.float64)
+            reached = int((self._none_above(y) < p).sum().clamp(1, 16))
+            low, high = y[reached - 1].item(), y[reached].item()
+        return float(self.metric.decode(torch.tensor((low + high) / 2, dtype=torch.float64)))
+
+    def _none_above(self, y: Tensor) -> Tensor:
+        """P(no remaining y is above a level), for levels (k,)."""
+        worse = self._of_y(y.unsqueeze(-1)).clamp(1e-15, 1 - 1e-15)  # (k, rest) marginally
+        worse = self._between(torch.special.ndtri(worse)).float()
+        share, clock = self._between(torch.stack([self._share, self._clock])).float()
         normals = _normals(1 << len(self.grid).bit_length())
         shared = _shared_scores(share, clock, normals[:, 1 : 1 + len(self.grid)], normals[:, :1])
         noise = ((1 - share) * (1 - COMMON)).sqrt().clamp_min(1e-6)
-        # given these all steps are independent: no more is drawn
-        return float(1 - torch.special.ndtr((worse - shared) / noise).prod(-1).mean())
+        # given what is shared all steps are independent: no more is drawn
+        return torch.special.ndtr((worse.unsqueeze(1) - shared) / noise).prod(-1).mean(-1)
 
     def prob_above(self, value: float) -> float:
         """P(the value at the horizon is above `value`), or below it where lower is better."""
@@ -310,6 +327,7 @@ def _shared_scores(share: Tensor, clock: Tensor, walk: Tensor, common: Tensor) -
 
 @functools.lru_cache(4)
 def _normals(size: int) -> Tensor:
-    """The draws (DRAWS, 1 + size) behind every joint probability, in single precision."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(DRAWS, 1 + size, generator=generator)
+    """The draws (DRAWS, 1 + size) behind joint probabilities, quasi-random, in single precision."""
+    sobol = torch.quasirandom.SobolEngine(1 + size, scramble=True, seed=0)
+    uniform = sobol.draw(DRAWS, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).float()
