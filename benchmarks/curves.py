@@ -102,7 +102,7 @@ def sample_curves(data: Path, seed: int) -> dict[str, list[Curve]]:
         if np.isfinite(curve.y).all():
             groups[curve.dataset, curve.kind].append(curve)
     rng = np.random.default_rng(seed)
-    ranked = defaultdict(list)
+    ranked: dict[str, list[tuple[int, Curve]]] = defaultdict(list)
     for (_, kind), some in sorted(groups.items()):
         order = rng.permutation(len(some))[:PER_GROUP]
         ranked[kind] += [(rank, some[i]) for rank, i in enumerate(order)]
@@ -180,7 +180,7 @@ def predict(data: Annotated[Path, DATA], model: str = MODEL, seed: int = 0) -> N
                     "trend": scores(_timed(spent["trend"], baselines.predict_trend, trend, b), b),
                 }
                 for method, entry in entries.items():
-                    found[share, kind, "all", method].append({"group": name, **entry})
+                    found[share, kind, "all", method].append(entry)
                 if spread is None or i not in squares:
                     continue
                 ahead = np.log(b.time[b.cut :] - b.time[b.cut - 1])
@@ -190,11 +190,11 @@ def predict(data: Annotated[Path, DATA], model: str = MODEL, seed: int = 0) -> N
                 for method, seconds in slowly[kind, i, share]["seconds"].items():
                     spent[method].append(seconds)
                 for method, entry in entries.items():
-                    found[share, kind, "of MCMC", method].append({"group": name, **entry})
+                    found[share, kind, "of MCMC", method].append(entry)
     rows = []
-    for (share, kind, subset, method), entries in found.items():
-        mean = {key: fmean(e[key] for e in entries) for key in entries[0] if key != "group"}
-        labels = {"cut": share, "metric": kind, "curves": len(entries), "method": method}
+    for (share, kind, subset, method), several in found.items():
+        mean = {key: fmean(entry[key] for entry in several) for key in several[0]}
+        labels = {"cut": share, "metric": kind, "curves": len(several), "method": method}
         rows.append({"subset": subset, **labels, **mean, "seconds": median(spent[method])})
     rows.sort(key=lambda row: (row["subset"], row["metric"], row["cut"]))
     common.save("curves-predict", rows, model=model, seed=seed)
@@ -219,7 +219,9 @@ def prior(
     published = {0.1: (1.64, 1.76), 0.2: (1.96, 2.13), 0.4: (2.29, 2.40), 0.8: (2.49, 2.52)}
     rows = []
     for share in CUTS:
-        ours, paired, theirs, seconds, slow = [], [], [], [], []
+        ours, paired, theirs = [], [], []
+        seconds: list[float] = []
+        slow: list[float] = []
         for i in range(curves):
             b = Beginning(times, values[i], round(100 * share))
             rest = torch.from_numpy(values[i, b.cut :])

@@ -366,6 +366,7 @@ def plan(config: PretrainConfig, step: int, part: int) -> Sizes:
     points = int(8 * math.exp(share * math.log((config.max_context + 9) / 8)) - 8)
     points = min(points, config.max_context)
     if config.causal:  # a curve trains all its beginnings: long ones cost little more
+        features = features if split < 0.5 else 1  # half are single runs, not sweeps
         points = max(2, round(config.max_context * (0.2 + 0.8 * share)))
         batch = max(1, round(config.tokens / config.micro_batches / (points + config.queries)))
         return Sizes(batch, 0, points, features, latents=False)

@@ -247,22 +247,30 @@ class Curve(MetricPredictive):
         if not len(self.steps):
             raise ValueError("Expected steps that remain; the curve is at its horizon.")
         low, high = self._ends
-        for _ in range(4):  # each narrows y to a sixteenth
-            y = torch.linspace(low, high, 17, dtype=torch.float64)
-            reached = int((self._none_above(y) < p).sum().clamp(1, 16))
-            low, high = y[reached - 1].item(), y[reached].item()
+        for _ in range(16):
+            y = (low + high) / 2
+            if float(self._none_above(torch.tensor([y], dtype=torch.float64))) < p:
+                low = y
+            else:
+                high = y
         return float(self.metric.decode(torch.tensor((low + high) / 2, dtype=torch.float64)))
 
     def _none_above(self, y: Tensor) -> Tensor:
         """P(no remaining y is above a level), for levels (k,)."""
         worse = self._of_y(y.unsqueeze(-1)).clamp(1e-15, 1 - 1e-15)  # (k, rest) marginally
         worse = self._between(torch.special.ndtri(worse)).float()
+        shared, noise = self._joint
+        # given what is shared all steps are independent: no more is drawn
+        return torch.special.ndtr(worse.unsqueeze(1) / noise - shared).prod(-1).mean(-1)
+
+    @functools.cached_property
+    def _joint(self) -> tuple[Tensor, Tensor]:
+        """Draws (DRAWS, grid) of what steps share, in units of what they do not, (grid,)."""
         share, clock = self._between(torch.stack([self._share, self._clock])).float()
         normals = _normals(1 << len(self.grid).bit_length())
         shared = _shared_scores(share, clock, normals[:, 1 : 1 + len(self.grid)], normals[:, :1])
         noise = ((1 - share) * (1 - COMMON)).sqrt().clamp_min(1e-6)
-        # given what is shared all steps are independent: no more is drawn
-        return torch.special.ndtr((worse.unsqueeze(1) - shared) / noise).prod(-1).mean(-1)
+        return shared / noise, noise
 
     def prob_above(self, value: float) -> float:
         """P(the value at the horizon is above `value`), or below it where lower is better."""
@@ -325,7 +333,7 @@ def _shared_scores(share: Tensor, clock: Tensor, walk: Tensor, common: Tensor) -
     return share.sqrt() * curve + ((1 - share) * COMMON).sqrt() * common
 
 
-@functools.lru_cache(4)
+@functools.lru_cache(8)
 def _normals(size: int) -> Tensor:
     """The draws (DRAWS, 1 + size) behind joint probabilities, quasi-random, in single precision."""
     sobol = torch.quasirandom.SobolEngine(1 + size, scramble=True, seed=0)

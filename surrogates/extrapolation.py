@@ -25,7 +25,6 @@ from surrogates.metrics import Bounds, Metric, check_steps, check_values, read_m
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 MODEL = "curves"
-MODEL_OF_SWEEPS = "sweeps"
 MOST_STEPS = 10_000  # steps that are predicted
 MOST_SIBLINGS = 31  # runs that are read beside a run, those with the nearest hyperparameters
 OWN = 128  # values of a run that are read beside siblings
@@ -54,7 +53,7 @@ def extrapolate(
     *,
     siblings: Sequence[Sibling] = (),
     hyperparameters: Any = None,
-    model: str | PFN | None = None,
+    model: str | PFN = MODEL,
 ) -> Curve:
     """The posterior of the rest of a learning curve, from its beginning.
 
@@ -72,7 +71,7 @@ def extrapolate(
         siblings: other runs of the same sweep with the same metric and horizon, which tell what
             runs with near hyperparameters do; of many, the 31 nearest are read.
         hyperparameters: (k,) of this run, as those of the siblings; k <= 10.
-        model: a network of learning curves, by default "curves", or "sweeps" beside siblings.
+        model: a network of learning curves.
 
     Returns:
         A `Curve` of batch_shape (horizon - n,) at the steps that remain.
@@ -99,12 +98,10 @@ class Reader:
 
     def __init__(
         self,
-        model: str | PFN | None = None,
+        model: str | PFN = MODEL,
         siblings: Sequence[Sibling] = (),
         hyperparameters: Any = None,
     ) -> None:
-        if model is None:
-            model = MODEL_OF_SWEEPS if len(siblings) else MODEL
         self.network = load(model) if isinstance(model, str) else model
         assert isinstance(self.network.transformer, CausalTransformer)
         self.siblings, self.hyperparameters = _check_sweep(

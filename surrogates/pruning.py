@@ -10,6 +10,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pfn import PFN
+from surrogates.extrapolation import MODEL
 from surrogates.metrics import Bounds
 from surrogates.stopping import Criterion, Decision, is_hopeless, judge
 
@@ -56,7 +57,7 @@ class CurvePruner(BasePruner):
         patience: int = 2,
         check_prior: bool = False,
         n_startup_trials: int = 1,
-        model: str | PFN | None = None,
+        model: str | PFN = MODEL,
     ) -> None:
         if n_startup_trials < 1:
             raise ValueError(f"Expected n_startup_trials of at least 1; got {n_startup_trials}.")

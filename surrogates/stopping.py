@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pfn import PFN
 from surrogates.curve_posterior import Curve
-from surrogates.extrapolation import Reader, Sibling
+from surrogates.extrapolation import MODEL, Reader, Sibling
 from surrogates.metrics import Bounds, check_steps, check_values, read_metric
 
 PAUSE = 0.1  # of the tolerated probability: a run that is stopped with more than that may resume
@@ -75,7 +75,7 @@ class Criterion:
     min_steps: float = 0.0
     patience: int = 2
     check_prior: bool = False
-    model: str | PFN | None = None
+    model: str | PFN = MODEL
 
     def __post_init__(self) -> None:
         check_steps(None, 0, self.horizon)
@@ -112,7 +112,7 @@ class StopRule:
             predicted: then its word counts for nothing.
         siblings, hyperparameters: other runs of the sweep, and this run's place among them, as for
             `extrapolate`.
-        model: a network of learning curves, as for `extrapolate`.
+        model: a network of learning curves.
 
     Raises:
         ValueError: an argument out of range.
@@ -140,7 +140,7 @@ class StopRule:
         check_prior: bool = False,
         siblings: Sequence[Sibling] = (),
         hyperparameters: Any = None,
-        model: str | PFN | None = None,
+        model: str | PFN = MODEL,
     ) -> None:
         self.criterion = Criterion(
             horizon, mode, bounds, confidence, min_delta, warmup, min_steps, patience, check_prior,

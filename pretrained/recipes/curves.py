@@ -1,8 +1,9 @@
-"""curves: validation curves of trainings, of any length and spacing.
+"""curves: validation curves of trainings, of any length, alone or beside the runs of a sweep.
 
 Time is a fraction of the planned run and y a metric in [0, 1] by the rule of `LearningCurves`, so
-nothing is standardised: ask with `standardize=False`. There is no reference posterior; calibration
-and real curves judge.
+nothing is standardised: ask with `standardize=False`. Half of the tasks are single runs, the others
+are sweeps of up to 32 runs with up to ten hyperparameters. There is no reference posterior;
+calibration and real curves judge.
 """
 
 from pfn.pretrain import PretrainConfig
@@ -12,7 +13,8 @@ prior = LearningCurves(resolution=3e-4)  # finer steps of a metric than that dec
 
 config = PretrainConfig(
     causal=True,
-    max_context=128,
+    max_features=11,
+    max_context=256,
     width=96,
     layers=4,
     heads=4,
@@ -24,5 +26,5 @@ config = PretrainConfig(
     bounded_share=0.0,
     bf16=False,
     lr=2e-3,
-    seconds=3900,
+    seconds=7200,
 )
