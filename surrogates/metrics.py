@@ -172,7 +172,7 @@ def check_values(values: Any) -> NDArray[np.float64]:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
     try:
-        array = np.array(values, dtype=np.float64)
+        array = np.require(np.asarray(values, dtype=np.float64), requirements="W")
     except (TypeError, ValueError):
         raise ValueError(f"Expected values of shape (n,), numbers; got {values!r}.") from None
     if array.ndim != 1:

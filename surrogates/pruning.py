@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from optuna.pruners import BasePruner
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pfn import PFN
-from surrogates.extrapolation import MODEL
+from surrogates.extrapolation import MODEL, Reader, Sibling
 from surrogates.metrics import Bounds
+from surrogates.spaces import Space
 from surrogates.stopping import Criterion, Decision, is_hopeless, judge
 
-FINAL, INTERVAL = "curve:final", "curve:interval"  # user attributes of a trial: median and 90 %
-PROBABILITY, REASON = (
-    "curve:probability",
-    "curve:reason",
-)  # interval at the horizon, and the verdict
+# user attributes of a trial: median and 90 % interval at the horizon, and the verdict
+FINAL, INTERVAL = "curve:final", "curve:interval"
+PROBABILITY, REASON = "curve:probability", "curve:reason"
+COLUMNS = 10  # hyperparameters that the network knows
 
 
 class CurvePruner(BasePruner):
@@ -36,6 +38,8 @@ class CurvePruner(BasePruner):
         bounds, confidence, min_delta, warmup, min_steps, patience, check_prior, model: as for
             `StopRule`.
         n_startup_trials: completed trials before any is pruned.
+        siblings: whether to read the curves of earlier trials too, beside their parameters, where
+            those that all trials share take at most ten columns (categories one each).
 
     Raises:
         ValueError: an argument out of range.
@@ -57,11 +61,12 @@ class CurvePruner(BasePruner):
         patience: int = 2,
         check_prior: bool = False,
         n_startup_trials: int = 1,
+        siblings: bool = False,
         model: str | PFN = MODEL,
     ) -> None:
         if n_startup_trials < 1:
             raise ValueError(f"Expected n_startup_trials of at least 1; got {n_startup_trials}.")
-        self.n_startup_trials = n_startup_trials
+        self.n_startup_trials, self.siblings = n_startup_trials, siblings
         self._arguments: dict[str, Any] = {
             "horizon": horizon, "bounds": bounds, "confidence": confidence, "min_delta": min_delta,
             "warmup": warmup, "min_steps": min_steps, "patience": patience,
@@ -76,11 +81,19 @@ class CurvePruner(BasePruner):
         """Whether to prune a trial, by what it has reported."""
         if not trial.intermediate_values:
             return False
-        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        finals = [t.value for t in done if t.value is not None and math.isfinite(t.value)]
+        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        finals = [
+            t.value
+            for t in ended
+            if t.state == TrialState.COMPLETE and t.value is not None and math.isfinite(t.value)
+        ]
         maximize = study.direction == StudyDirection.MAXIMIZE
         criterion = Criterion(mode="max" if maximize else "min", **self._arguments)
-        decision = self.decide(criterion, trial, (max if maximize else min)(finals, default=None))
+        reader = Reader(criterion.model)
+        if self.siblings:
+            reader = Reader(criterion.model, *find_siblings(trial, ended, criterion.horizon))
+        best = (max if maximize else min)(finals, default=None)
+        decision = self.decide(criterion, trial, best, reader)
         if not math.isnan(decision.probability):
             final, *interval = decision.final
             for key, value in (
@@ -91,19 +104,45 @@ class CurvePruner(BasePruner):
                 study._storage.set_trial_user_attr(trial._trial_id, key, value)
         return decision.stop and len(finals) >= self.n_startup_trials
 
-    def decide(self, criterion: Criterion, trial: FrozenTrial, best: float | None) -> Decision:
+    def decide(
+        self, criterion: Criterion, trial: FrozenTrial, best: float | None, reader: Reader
+    ) -> Decision:
         """The decision on a trial's reports; earlier ones are judged anew for the patience."""
-        offset = 1 if min(trial.intermediate_values) == 0 else 0
-        steps = sorted(trial.intermediate_values)
-        values = [trial.intermediate_values[step] for step in steps]
-        places = [float(step + offset) for step in steps]
-        if places[-1] >= criterion.horizon:  # its last report: nothing is left to save
+        values, steps = read_reports(trial)
+        if steps[-1] >= criterion.horizon:  # its last report: nothing is left to save
             return Decision(False, "The trial is complete.")
         hopeless = 0
         for back in range(criterion.patience - 1, 0, -1):
             count = len(values) - back
             if count < 1:
                 continue
-            earlier = judge(criterion, values[:count], places[:count], best)
+            earlier = judge(criterion, values[:count], steps[:count], best, reader=reader)
             hopeless = hopeless + 1 if is_hopeless(earlier, criterion) else 0
-        return judge(criterion, values, places, best, hopeless)
+        return judge(criterion, values, steps, best, hopeless, reader)
+
+
+def read_reports(trial: FrozenTrial) -> tuple[list[float], list[float]]:
+    """What a trial has reported, and its steps, counted from 1."""
+    offset = 1 if min(trial.intermediate_values) == 0 else 0
+    steps = sorted(trial.intermediate_values)
+    return [trial.intermediate_values[s] for s in steps], [float(s + offset) for s in steps]
+
+
+def find_siblings(
+    trial: FrozenTrial, others: list[FrozenTrial], horizon: float
+) -> tuple[list[Sibling], NDArray[np.float64] | None]:
+    """Other trials that have reported, and the trial's place among them; none if there is none."""
+    others = [t for t in others if t.intermediate_values and t.number != trial.number]
+    shared = dict(trial.distributions)
+    for other in others:
+        shared = {name: d for name, d in shared.items() if other.distributions.get(name) == d}
+    space = Space(shared)
+    if not others or not 1 <= space.dim <= COLUMNS:
+        return [], None
+    siblings = []
+    for other in others:
+        values, steps = read_reports(other)
+        kept = [i for i, step in enumerate(steps) if step <= horizon]
+        place = space.encode(other.params).numpy()
+        siblings.append(Sibling([values[i] for i in kept], place, [steps[i] for i in kept]))
+    return siblings, space.encode(trial.params).numpy()

@@ -14,6 +14,7 @@ import torch
 from priors import LearningCurves
 from surrogates import CurvePruner, StopRule
 from surrogates.extrapolation import Reader
+from surrogates.pruning import find_siblings
 from surrogates.stopping import Criterion, judge
 
 EPOCHS = 40
@@ -231,6 +232,37 @@ def test_it_decides_on_what_the_storage_holds_and_can_be_pickled(tmp_path) -> No
         other = optuna.load_study(study_name="s", storage=url, pruner=pruner)
         verdicts.append((trial.should_prune(), other.pruner.prune(other, other.trials[-1])))
     assert all(a == b for a, b in verdicts) and verdicts[-1] == (True, True)
+
+
+def test_a_pruner_reads_siblings_where_they_have_parameters_in_common() -> None:
+    study = make_study(siblings=True)
+    report(study, GOOD)  # without parameters: by itself
+    distributions = {
+        "lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
+        "kind": optuna.distributions.CategoricalDistribution(["a", "b"]),
+    }
+    places = []
+    study = make_study(siblings=True)
+    for lr, values in ((1e-3, GOOD), (1e-2, POOR), (2e-2, POOR), (3e-2, POOR)):
+        study.enqueue_trial({"lr": lr, "kind": "b"})
+        trial = study.ask(distributions)
+        for step, value in enumerate(values, 1):
+            trial.report(float(value), step)
+        study.tell(trial, float(values[-1]))
+    trial = study.ask(distributions)
+    trial.report(0.3, 1)
+    frozen = study.trials[-1]
+    siblings, place = find_siblings(frozen, study.trials[:-1], EPOCHS)
+    places = [tuple(sibling.hyperparameters.tolist()) for sibling in siblings]
+    assert len(set(places)) == 4 and all(len(values) == 3 for values in places)
+    assert place is not None and len(place) == 3 and len(siblings[0].values) == EPOCHS
+    study.enqueue_trial({"lr": 2.5e-2, "kind": "b"})
+    bad = study.ask(distributions)
+    for step, value in enumerate(POOR, 1):
+        bad.report(float(value), step)
+        if bad.should_prune():
+            break
+    assert step < EPOCHS / 2 and "beats" in study.trials[-1].user_attrs["curve:reason"]
 
 
 def test_no_trial_is_pruned_before_enough_are_complete_nor_at_its_last_report() -> None:
