@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 Table = dict[str, list[str]]
 
 
+class NothingYet(ValueError):
+    """There is no file, or nothing in it, which whoever waits for one expects."""
+
+
 def read_csv(path: Path) -> Table:
     """The columns of a CSV file with a header, by name, as text.
 
@@ -21,7 +25,7 @@ def read_csv(path: Path) -> Table:
         ValueError: no such file, no rows, a repeated name, or a row of another length.
     """
     if not path.is_file():
-        raise ValueError(f"Expected a CSV file; there is no file {path}.")
+        raise NothingYet(f"Expected a CSV file; there is no file {path}.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -30,10 +34,12 @@ def read_csv(path: Path) -> Table:
     reader = csv.reader(lines, delimiter=separator)
     header = [name.strip() for name in next(reader, [])]
     rows = [(reader.line_num, row) for row in reader if row]
+    if not lines:
+        raise NothingYet(f"Expected a header in {path}; it is empty.")
     if not header or len(set(header)) < len(header):
         raise ValueError(f"Expected a header of distinct names in {path}; got {header}.")
     if not rows:
-        raise ValueError(f"Expected rows below the header of {path}; there are none.")
+        raise NothingYet(f"Expected rows below the header of {path}; there are none.")
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(

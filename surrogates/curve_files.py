@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pfn.tables import read_csv
+from pfn.tables import NothingYet, read_csv
 from surrogates.extrapolation import extrapolate
 from surrogates.metrics import Bounds
 from surrogates.stopping import Criterion, judge
@@ -87,10 +87,12 @@ def _read_events(
             "Reading TensorBoard logs needs tensorboard: pip install tensorboard."
         ) from error
     if not path.exists():
-        raise ValueError(f"Expected a table or a TensorBoard log; there is no {path}.")
+        raise NothingYet(f"Expected a table or a TensorBoard log; there is no {path}.")
     log = EventAccumulator(str(path), size_guidance={"scalars": 0})
     log.Reload()
     names = log.Tags()["scalars"]
+    if not names:
+        raise NothingYet(f"Expected scalars in {path}; there are none.")
     if metric is None and len(names) != 1:
         raise ValueError(f"Expected --metric, one of the scalars {names} of {path}.")
     name = names[0] if metric is None else metric
@@ -152,15 +154,23 @@ def extrapolate_command(
 def watch(
     ask: Callable[[], dict[str, Any]], *, every: float, say: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Asks again whenever there is a new value, until the decision is to stop."""
-    seen = -1
+    """Asks again whenever there is a new value, until the decision is to stop.
+
+    Raises:
+        ValueError: what is wrong with the file, unless a moment later it no longer is: a row may be
+            read while it is written.
+    """
+    seen, wrong = -1, ""
     while True:
+        answer = None
         try:
-            answer = ask()
-        except ValueError as error:  # not written yet
-            if "there is no" not in str(error) and "there are none" not in str(error):
+            answer, wrong = ask(), ""
+        except NothingYet:
+            wrong = ""
+        except ValueError as error:
+            if str(error) == wrong:
                 raise
-            answer = None
+            wrong = str(error)
         if answer is not None and answer["observed"] != seen:
             seen = answer["observed"]
             say(answer)

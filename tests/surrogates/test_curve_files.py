@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from surrogates.curve_files import read_curve
+from surrogates.curve_files import extrapolate_command, read_curve, watch
 
 GOOD = 0.9 - 0.6 / np.sqrt(np.arange(1.0, 21))
 POOR = 0.5 - 0.3 * 0.6 ** np.arange(20)
@@ -119,3 +119,27 @@ def test_watching_a_growing_table_ends_at_the_stop(tmp_path) -> None:
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert answers[-1]["stop"] and not any(a["stop"] for a in answers[:-1])
     assert all(math.isfinite(q) for a in answers for q in a["q50"])
+
+
+def test_watching_waits_for_a_file_and_for_a_row_that_is_being_written(tmp_path) -> None:
+    path, looks, said = tmp_path / "slow.csv", iter(range(100)), []
+
+    def ask() -> dict:
+        look = next(looks)
+        if look == 1:
+            path.write_text("")
+        if look == 2:
+            path.write_text("step,accuracy\n1,0.5\n2")  # the second row is not complete
+        if look == 3:
+            write(path, POOR[:12])
+        return extrapolate_command(
+            path, horizon=40, metric=None, mode="max", bounds=None, best=0.9, confidence=0.95,
+            min_delta=0.0, plot=None,
+        )  # fmt: skip
+
+    answer = watch(ask, every=0.0, say=said.append)
+    assert answer["stop"] and said == [answer] and next(looks) == 4
+    path.write_text("step,accuracy\n1,0.5\n2")
+    looks = iter(range(4, 100))
+    with pytest.raises(ValueError, match="Expected 2 values as in the header"):
+        watch(ask, every=0.0, say=said.append)
