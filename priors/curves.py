@@ -296,7 +296,7 @@ class _Curve(NamedTuple):
         chance = 1 - (1 / classes) * (0.6 + 0.8 * _share(z["start"]))
         untrained = (0.5 * z["start"] + 1.5 * _excess(z["blow_up"], 0.12)).exp()
         begin = torch.where(self.is_loss, untrained, chance)
-        kept = torch.sigmoid(1.6 * z["finish"] - 1.2)  # of the error, by the best training
+        kept = torch.sigmoid(2.2 * z["finish"] - 1.9)  # of the error, by the best training
         kept_loss = (-1.9 * _excess(-z["finish"], 1.0)).exp() * (0.95 + 0.05 * _share(z["scale"]))
         kept = torch.where(self.is_loss, kept_loss, kept)
         shrink = 10 ** (-1.5 * _excess(z["flat"], 0.2))  # runs that hardly move
@@ -316,7 +316,8 @@ class _Curve(NamedTuple):
         time = torch.where(delay > 0, time, time.clamp_min(1e-9))
         speed = _log_uniform(z["speed"], -3.0, 0.7)
         shape = _log_uniform(z["shape"], -0.6, 1.5)
-        power = (0.1 + 0.5 * z["sharpness"]).exp()
+        # slow runs are still in the phase where progress gains speed
+        power = (0.4 + 0.3 * speed.log10() + 0.45 * z["sharpness"]).exp()
 
         def phase(tau: Tensor) -> Tensor:
             return (-shape * ((time / tau) ** power / shape).log1p()).exp()
