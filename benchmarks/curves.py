@@ -2,6 +2,7 @@
 
     python benchmarks/curves.py slow --data FOLDER        MCMC and least squares on some real curves
     python benchmarks/curves.py predict --data FOLDER     the network and quick baselines on many
+    python benchmarks/curves.py sweeps --data FOLDER      what siblings add
     python benchmarks/curves.py prior                     draws of LC-PFN's prior, against MCMC
     python benchmarks/curves.py speed                     milliseconds of an update
 
@@ -17,7 +18,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from typing import Annotated, Any
 import common  # before torch
 import curve_baselines as baselines
 import numpy as np
+import pandas as pd
 import torch
 import typer
 from curve_baselines import Array, Beginning, Draws, Student, smoothed_density
@@ -33,13 +35,15 @@ from curve_prior import Curve, complete_curves, read_curves
 import pfn
 from priors import LearningCurves
 from surrogates import extrapolate
-from surrogates.extrapolation import MODEL, thin
+from surrogates.extrapolation import MODEL, Reader, Sibling, thin
+from surrogates.metrics import read_metric
 from surrogates.stopping import StopRule
 
 app = typer.Typer(add_completion=False, help=__doc__)
 CUTS = (0.1, 0.2, 0.4, 0.8)
 DATA = typer.Option(help="folder of real curves")
 PER_GROUP = 40  # curves of a data set and kind
+SIBLINGS = (0, 1, 5, 15, 30)
 SLOW = Path(__file__).parent / "results" / "curves-slow.jsonl"
 SQUARES, PUBLISHED, FLAT = "least squares", "MCMC, LC-PFN's prior", "MCMC, eleven families"
 
@@ -205,6 +209,94 @@ def _timed(spent: list[float], call: Callable[..., Any], *arguments: Any) -> Any
     answer = call(*arguments)
     spent.append(time.process_time() - began)
     return answer
+
+
+@app.command()
+def sweeps(
+    data: Annotated[Path, DATA], model: str = MODEL, targets: int = 8, seed: int = 0
+) -> None:
+    """Runs of the small trainings beside complete siblings, of which each table has ever more."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(seed)
+    found: dict[tuple[Any, ...], list[dict[str, float]]] = defaultdict(list)
+    for kind, runs in read_trainings(data):
+        whole = [run for run in runs if np.isfinite(run.values).all()]
+        for i in rng.permutation(len(whole))[:targets]:
+            run = whole[i]
+            others = [other for other in runs if other is not run]
+            others = [others[j] for j in rng.permutation(len(others))]
+            for share, count in itertools.product((0.0, 0.1, 0.4), SIBLINGS):
+                seen = round(share * len(run.values))
+                beside = [
+                    Sibling(other.values[: len(run.values)], other.hyperparameters)
+                    for other in others[:count]
+                ]
+                if seen or beside:
+                    entry = score_run(Reader(model, beside, run.hyperparameters), run, kind, seen)
+                    found[kind, share, count].append(entry)
+    rows = []
+    for (kind, share, count), several in sorted(found.items()):
+        mean = {key: fmean(entry[key] for entry in several) for key in several[0]}
+        labels = {"metric": kind, "cut": share, "siblings": count, "runs": len(several)}
+        rows.append({**labels, **mean})
+    common.save("curves-sweeps", rows, model=model, seed=seed)
+
+
+def score_run(reader: Reader, run: Sibling, kind: str, seen: int) -> dict[str, float]:
+    """Of a run's rest, in units of y relative to its own first value."""
+    values = np.asarray(run.values)
+    mode = "max" if kind == "accuracy" else "min"
+    metric = read_metric(values[:1], mode, (0, 1) if mode == "max" else (0, None))
+    curve = reader.extrapolate(
+        values[:seen], len(values), mode=mode, bounds=(0, 1) if mode == "max" else (0, None)
+    )
+
+    def cdf(y: Array) -> Array:
+        below = curve.cdf(metric.decode(torch.from_numpy(y).clamp(1e-4, 1 - 1e-4)))
+        return (below if mode == "max" else 1 - below).numpy()
+
+    y = metric.encode(torch.from_numpy(values[seen:])).numpy()
+    log_q = smoothed_density(cdf, y)
+    middle = metric.encode(curve.icdf(0.5)).numpy()
+    low, high = (end.numpy() for end in curve.interval(0.9))
+    rest = values[seen:]
+    return {
+        "log p, final": float(log_q[-1]),
+        "log p, rest": float(log_q.mean()),
+        "MAE, final": float(abs(middle[-1] - y[-1])),
+        "90 % covers": float(((low - 1e-9 <= rest) & (rest <= high + 1e-9)).mean()),
+    }
+
+
+def read_trainings(data: Path) -> Iterator[tuple[str, list[Sibling]]]:
+    """The sweeps of small trainings, with what each was trained with in [0, 1]."""
+    table = pd.read_csv(data / "own_dev.csv.gz")
+    table = table[table.metric.isin(["val_acc", "val_logloss", "val_rmse"])]
+    place = pd.DataFrame(
+        {
+            "lr": np.log10(table.lr).add(5) / 5,
+            "width": np.log2(table.width).sub(2) / 5,
+            "depth": table.depth / 10,
+            "batch": np.log2(table.batch_size).sub(4) / 5,
+            "decay": np.log10(table.weight_decay.clip(lower=1e-7)).add(7) / 6,
+            "dropout": table.dropout / 0.6,
+            "trees": (table.model == "gbdt").astype(float),
+            **{
+                name: table[name].astype("category").cat.codes.clip(lower=0) / 3
+                for name in ("optimizer", "activation", "schedule")
+            },
+        }
+    )
+    place = place.fillna(0.0).clip(0, 1)
+    for (_, metric), runs in table.groupby(["dataset", "metric"]):
+        kind = "accuracy" if metric == "val_acc" else "loss"
+        found = []
+        for _, run in runs.groupby("run"):
+            run = run.sort_values("epoch")
+            found.append(
+                Sibling(run.value.to_numpy(float), place.loc[run.index[0]].to_numpy(float))
+            )
+        yield kind, found
 
 
 @app.command()
