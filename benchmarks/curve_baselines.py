@@ -35,8 +35,27 @@ class Beginning(NamedTuple):
     cut: int
 
 
+class _Bisected:
+    """What a cdf says of quantiles."""
+
+    def quantile(self, p: float) -> Array:
+        """By bisection on [-1, 2]."""
+        low, high = np.full(len(self.median()), -1.0), np.full(len(self.median()), 2.0)
+        for _ in range(50):
+            middle = (low + high) / 2
+            below = self.cdf(middle) < p
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return (low + high) / 2
+
+    def cdf(self, y: Array) -> Array:
+        raise NotImplementedError
+
+    def median(self) -> Array:
+        raise NotImplementedError
+
+
 @dataclass
-class Draws:
+class Draws(_Bisected):
     """Predictive of equally weighted normals: means and standard deviations (draw, rest)."""
 
     mean: Array
@@ -51,7 +70,7 @@ class Draws:
 
 
 @dataclass
-class Student:
+class Student(_Bisected):
     """Student-t predictives (rest,)."""
 
     loc: Array

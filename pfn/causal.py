@@ -60,7 +60,9 @@ class Read(NamedTuple):
             return value.repeat(times, *[1] * (value.dim() - 1))
 
         layers = [Layer(*map(repeated, layer)) for layer in self.layers]
-        return Read(layers, repeated(self.x), repeated(self.y), Scaling(*map(repeated, self[3])))
+        return Read(
+            layers, repeated(self.x), repeated(self.y), Scaling(*map(repeated, self.scaling))
+        )
 
 
 class Told(NamedTuple):
@@ -355,7 +357,9 @@ class CausalTransformer(Network):
 
 
 def _runs(x: Tensor) -> Tensor:
-    """The index (b, n) of the run of each point (b, n, d)."""
+    """The index (b, n) of the run of each point (b, n, d); one run if there is only the time."""
+    if x.shape[-1] == 1:
+        return torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     before, after = x[:, :-1], x[:, 1:]
     begins = (after[..., 1:] != before[..., 1:]).any(-1) | (after[..., 0] <= before[..., 0])
     return F.pad(begins, (1, 0))[:, : x.shape[1]].long().cumsum(1)

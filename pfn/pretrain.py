@@ -45,8 +45,10 @@ class PretrainConfig:
     """A recipe's settings. Budgets: give `seconds` (wall clock) or `tasks`, not both.
 
     Args:
-        max_features: tasks have 1 .. max_features features, uniformly.
-        max_context: contexts have 0 .. max_context points, about log-uniformly.
+        max_features: tasks have 1 .. max_features features, uniformly; of a causal network, half
+            of the tasks besides have the time alone.
+        max_context: contexts have 0 .. max_context points, about log-uniformly; a causal network
+            is shown a fifth to all of them, uniformly, and trained on their beginnings.
         width, layers, heads, expansion, fourier_octaves, components, least_refinements,
             refinements: of the `TransformerConfig`.
         seconds: wall-clock budget, over all parts of a run that was stopped and continued.
@@ -73,7 +75,8 @@ class PretrainConfig:
         compile: the feed-forward layers by torch.compile, where the device gains.
         seed: of the initial weights and of all draws.
         init: a checkpoint, by shipped name or path, whose weights the run begins with; by default
-            they are random. Its network must be as large, and know as many latents.
+            they are random. Its network must be as large, and know as many latents; one of single
+            curves may begin one of sweeps.
         save_every: seconds between saved states; a tenth of the budget if that is less.
 
     Raises:
@@ -293,7 +296,7 @@ class Lesson(NamedTuple):
     x: Tensor  # (b, n, d)
     y: Tensor  # (b, n)
     buffer: tuple[Tensor, Tensor] | None
-    visible: Tensor | None  # (m,) buffer points each query sees
+    visible: Tensor | None  # (m,), of sweeps (b, m), buffer points each query sees
     x_query: Tensor  # (b, m, d)
     y_draws: Tensor  # (s, b, m) draws of a new observation
     f_draws: Tensor  # (s, b, m) draws of the noise-free function
@@ -366,7 +369,7 @@ def plan(config: PretrainConfig, step: int, part: int) -> Sizes:
     points = int(8 * math.exp(share * math.log((config.max_context + 9) / 8)) - 8)
     points = min(points, config.max_context)
     if config.causal:  # a curve trains all its beginnings: long ones cost little more
-        features = features if split < 0.5 else 1  # half are single runs, not sweeps
+        features = features if split < 0.5 else 1  # for single runs
         points = max(2, round(config.max_context * (0.2 + 0.8 * share)))
         batch = max(1, round(config.tokens / config.micro_batches / (points + config.queries)))
         return Sizes(batch, 0, points, features, latents=False)
@@ -479,6 +482,12 @@ def draw_curves(
     if sizes.features > 1:
         share = (1.25 * share - 0.25).clamp_min(0)
     visible = begin + (share * (row + 1 - begin)).long()
+    if drawn.num_context is None:
+        raise ValueError(
+            "Expected a prior of rows in order, num_context a number, for a causal network; got"
+            " num_context=None, rows in random order."
+        )
+    visible = visible.clamp_max(drawn.num_context)
     y_draws, entropy = y[None, :, row], torch.tensor(torch.nan, device=device)
     if isinstance(prior, ConditionalPrior):
         std = drawn.latents["noise"].sqrt().float().unsqueeze(-1)

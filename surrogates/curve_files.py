@@ -32,8 +32,9 @@ def read_curve(path: Path, metric: str | None = None) -> Observed:
     """A metric from a CSV file, or from a TensorBoard log (a file or its folder).
 
     A table has a column of values, and maybe one of steps, named step, epoch, iteration or n; of
-    several columns of values `metric` says which. Steps that begin with 0 are moved by one. Empty
-    cells and "nan" are NaN; rows without a step are left out.
+    several columns of values `metric` says which. Rows without a step or a value are left out;
+    "nan" is a value, a divergence. Steps 0, 1, 2 ... are counted from 1; of wider spaced ones, a
+    step 0, from before the training, is left out.
 
     Raises:
         ValueError: no such file, metric or values.
@@ -44,10 +45,13 @@ def read_curve(path: Path, metric: str | None = None) -> Observed:
         return Observed(name, None, values)
     order = np.argsort(raw, kind="stable")
     raw, values = raw[order], values[order]
+    if not len(raw):
+        raise NothingYet(f"Expected values of {name!r} in {path}; there are none.")
     last = np.append(np.diff(raw) > 0, True)  # of a step reported twice, the later value
     raw, values = raw[last], values[last]
-    if len(raw) and raw[0] == 0:
-        raw = raw + 1
+    if raw[0] == 0:
+        counted = len(raw) == 1 or np.median(np.diff(raw)) == 1
+        raw, values = (raw + 1, values) if counted else (raw[1:], values[1:])
     return Observed(name, raw, values)
 
 
@@ -62,17 +66,22 @@ def _read_table(
     name = names[0] if metric is None else metric
     if name not in names:
         raise ValueError(f"Expected --metric among the columns {names} of {path}; got {name!r}.")
-    values = _numbers(table[name], name, path)
+    places = table[steps] if steps is not None else table[name]
+    kept = [
+        i
+        for i, (place, cell) in enumerate(zip(places, table[name], strict=True))
+        if place.strip() and cell.strip()
+    ]
+    values = _numbers(table[name], kept, name, path)
     if steps is None:
         return name, None, values
-    where = _numbers(table[steps], steps, path)
-    kept = np.isfinite(where)
-    return name, where[kept], values[kept]
+    where = _numbers(places, kept, steps, path)
+    return name, where[np.isfinite(where)], values[np.isfinite(where)]
 
 
-def _numbers(cells: list[str], name: str, path: Path) -> NDArray[np.float64]:
+def _numbers(cells: list[str], kept: list[int], name: str, path: Path) -> NDArray[np.float64]:
     try:
-        return np.array([float(cell) if cell.strip() else math.nan for cell in cells])
+        return np.array([float(cells[i]) for i in kept], dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"Expected numbers in column {name!r} of {path}: {error}.") from None
 

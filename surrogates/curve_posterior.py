@@ -34,11 +34,12 @@ MEMORY, COMMON = 0.25, 0.6  # of the copula of remaining steps, see `Curve`
 class MetricPredictive(Predictive):
     """Predictives of a metric: mixtures of normals in y, mapped to the metric and kept in bounds.
 
-    The mixture is truncated to the y that the metric can take, so all values are within its bounds.
-    Quantiles are mapped, and swapped where lower is better; moments, entropy and expected
-    improvement are means of mapped quantiles. Where a metric is unbounded on its bad side, the
-    moments are those of runs that do not diverge, unless most do: a mean over losses without limit
-    would say nothing of the rest. See `prob_diverged`.
+    The mixture is censored at the ends of the y that the metric can take: what lies beyond, which
+    is the network's own noise, counts as the end, so that all values are within the metric's bounds
+    and an end may have a probability of its own. Quantiles are mapped, and swapped where lower is
+    better; moments, entropy and expected improvement are means of mapped quantiles. Where a metric
+    is unbounded on its bad side, the moments are those of runs that do not diverge, unless most do:
+    a mean over losses without limit would say nothing of the rest. See `prob_diverged`.
 
     Args:
         marginals: of y, as the network gives them.
@@ -52,17 +53,6 @@ class MetricPredictive(Predictive):
         open_below = not math.isfinite(metric.bottom)
         open_above = not math.isfinite(metric.top)
         self._ends = (EDGE if open_below else 0.0, 1 - EDGE if open_above else 1.0)
-
-    @functools.cached_property
-    def _below(self) -> Tensor:
-        """Probability of the untruncated mixture below the least y."""
-        return self._y._tail(torch.tensor(self._ends[0], dtype=torch.float64))
-
-    @functools.cached_property
-    def _inside(self) -> Tensor:
-        """Probability of the untruncated mixture between the ends."""
-        above = self._y._tail(torch.tensor(self._ends[1], dtype=torch.float64), -1.0)
-        return (1 - self._below - above).clamp_min(1e-12)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, {self.metric})"
@@ -114,26 +104,32 @@ class MetricPredictive(Predictive):
 
     def _y_at(self, probability: Tensor) -> Tensor:
         """Quantiles of y within its ends."""
-        p = self._below + self._inside * probability
-        return self._y._solve(p.clamp(1e-15, 1 - 1e-15)).clamp(*self._ends)
+        return self._y._solve(probability.clamp(1e-15, 1 - 1e-15)).clamp(*self._ends)
 
     def _of_y(self, y: Tensor) -> Tensor:
-        """P(Y <= y) of the truncated mixture."""
-        return ((self._y._tail(y) - self._below) / self._inside).clamp(0, 1)
-
-    def _encode(self, value: Tensor) -> Tensor:
-        return self.metric.encode(value).clamp(*self._ends)
+        """P(Y <= y) of the censored mixture."""
+        low, high = self._ends
+        inside = self._y._tail(y.clamp(low, high)).clamp(0, 1)
+        return torch.where(y < low, 0.0, torch.where(y >= high, 1.0, inside))
 
     def _log_q(self, value: Tensor) -> Tensor:
-        y = self._encode(value)
-        inner = self._y._log_q(y) - self._inside.log()
-        return inner + self.metric.log_slope(y)
+        """Between the ends, and at them that of the mixture; -inf beyond."""
+        y = self.metric.place(value)
+        inner = self._y._log_q(y.clamp(*self._ends)) + self.metric.log_slope(y.clamp(*self._ends))
+        goodness = self.metric.sign * value
+        outside = (goodness < self.metric.bottom) | (goodness > self.metric.top) | ~value.isfinite()
+        return inner.masked_fill(outside, -math.inf)
 
     def _tail(self, value: Tensor, side: float | Tensor = 1.0) -> Tensor:
-        y = self._encode(value)
-        below = self._of_y(y)
+        y, (low, high) = self.metric.place(value), self._ends
+        if self.metric.sign > 0:  # P(V <= value) is P(Y <= y), none of which is below the bottom
+            below = torch.where(value < self.metric.bottom, 0.0, self._of_y(y))
+        else:  # it is P(Y >= y), none of which is above the top
+            under = self._y._tail(y.clamp(low, high)).clamp(0, 1)
+            below = 1 - torch.where(y <= low, 0.0, under)
+            below = torch.where(-value > self.metric.top, 0.0, below)
         side = torch.as_tensor(side, dtype=torch.float64)
-        return torch.where(side * self.metric.sign > 0, below, 1 - below)
+        return torch.where(side > 0, below, 1 - below)
 
     def _solve(self, p: Tensor) -> Tensor:
         return self.metric.decode(self._y_at(p if self.metric.sign > 0 else 1 - p))
@@ -238,7 +234,7 @@ class Curve(MetricPredictive):
         if not len(self.steps):
             return 0.0
         level = best + self.metric.sign * min_delta
-        return 1 - float(self._none_above(self._encode(torch.tensor([level]).double())))
+        return 1 - float(self._none_above(self.metric.place(torch.tensor([level]).double())))
 
     def quantile_best(self, p: float) -> float:
         """What the best of the remaining values is no better than with probability p in (0, 1)."""
@@ -253,7 +249,7 @@ class Curve(MetricPredictive):
                 low = y
             else:
                 high = y
-        return float(self.metric.decode(torch.tensor((low + high) / 2, dtype=torch.float64)))
+        return float(self.metric.decode(torch.tensor(high, dtype=torch.float64)))
 
     def _none_above(self, y: Tensor) -> Tensor:
         """P(no remaining y is above a level), for levels (k,)."""
@@ -276,10 +272,12 @@ class Curve(MetricPredictive):
         """P(the value at the horizon is above `value`), or below it where lower is better."""
         if not len(self.steps):
             raise ValueError("Expected steps that remain; the curve is at its horizon.")
+        _check_value(value)
         return float(self[-1].probability_of_improvement(value, maximize=self.metric.sign > 0))
 
     def time_to(self, value: float) -> TimeTo:
-        """When the metric first is at least as good as `value`, among the remaining steps."""
+        """When the metric first is at least as good as `value`, among the curve's steps."""
+        _check_value(value)
         sign, count = self.metric.sign, len(self.steps)
         reached = sign * self.sample_paths(DRAWS) >= sign * value  # (draw, rest)
         first = reached.double().argmax(-1)[reached.any(-1)]
@@ -318,6 +316,11 @@ class Curve(MetricPredictive):
         low, high = self.steps[after - 1], self.steps[after]
         share = (self.grid - low) / (high - low)
         return torch.lerp(values[..., after - 1], values[..., after], share)
+
+
+def _check_value(value: float) -> None:
+    if math.isnan(value):
+        raise ValueError(f"Expected a number to compare with; got {value}.")
 
 
 def _shared_scores(share: Tensor, clock: Tensor, walk: Tensor, common: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ def extrapolate(
     """The posterior of the rest of a learning curve, from its beginning.
 
     Args:
-        values: (n,) of a metric, in order of time; NaN and infinities are a divergence. None, n =
-            0, gives the prior predictive.
+        values: (n,) of a metric, in order of time; NaN and infinities are a divergence. No value,
+            n = 0, gives the prior predictive.
         horizon: the step at which the training would end; it informs the answer, since schedules
             and users adapt to it.
         steps: (n,) of the values, by default 1 to n: epochs, iterations or examples, at any
@@ -71,7 +71,8 @@ def extrapolate(
             negative, and none otherwise; see `metrics.py`.
         siblings: other runs of the same sweep with the same metric and horizon, which tell what
             runs with near hyperparameters do; of many, the 31 nearest are read.
-        hyperparameters: (k,) of this run, as those of the siblings; k <= 10.
+        hyperparameters: (k,) of this run, as those of the siblings, k <= 10; without siblings they
+            say nothing.
         model: a network of learning curves.
 
     Returns:
@@ -79,7 +80,8 @@ def extrapolate(
 
     Raises:
         ValueError: values, steps, horizon, mode, bounds or hyperparameters that do not fit each
-            other.
+            other, siblings past the horizon, more than 10,000 remaining steps, or a model of
+            something else than curves.
 
     Example:
         >>> curve = extrapolate([0.3, 0.5, 0.6, 0.66, 0.69], horizon=50)
@@ -104,12 +106,17 @@ class Reader:
         hyperparameters: Any = None,
     ) -> None:
         self.network = load(model) if isinstance(model, str) else model
-        assert isinstance(self.network.transformer, CausalTransformer)
+        if not isinstance(self.network.transformer, CausalTransformer):
+            raise ValueError(
+                f"Expected a network of learning curves, such as {MODEL!r}; got"
+                f" {self.network.card.name!r}."
+            )
         self.siblings, self.hyperparameters = _check_sweep(
             siblings, hyperparameters, self.network.card.d_range[1] - 1
         )
         self._transformer = self.network.transformer
-        none = torch.zeros(1, 0, 1 + len(self.hyperparameters))
+        self._device = self._transformer.embed_query.device
+        none = torch.zeros(1, 0, 1 + len(self.hyperparameters), device=self._device)
         with torch.inference_mode():
             self._nothing = self._transformer.encode(none, none[..., 0])
         self._read = self._nothing
@@ -122,13 +129,20 @@ class Reader:
         mode: str = "max",
         bounds: Bounds | None = None,
         *,
+        best: float | None = None,
         most: int | None = None,
     ) -> Curve:
-        """As the function; at no more than `most` of the remaining steps, the last among them."""
+        """As the function, for a comparison with `best`.
+
+        Args:
+            best: a value that the metric can have; it tells bounds, as values do.
+            most: steps that are asked for, the last one among them. There may then be any number
+                of remaining steps; of more than 10,000, evenly spaced ones stand for all.
+        """
         array = check_values(values)
         seen = check_steps(steps, len(array), horizon)
-        metric = read_metric(array, mode, bounds, [run.values for run in self.siblings])
-        grid = torch.from_numpy(remaining_steps(seen, float(horizon)))
+        metric = read_metric(array, mode, bounds, [run.values for run in self.siblings], best)
+        grid = torch.from_numpy(remaining_steps(seen, float(horizon), coarsen=most is not None))
         rest = grid if most is None else grid[spread(len(grid), most)]
         x, y = self._rows(metric, array, seen, horizon)
         told = self._ask(x, y, self._places(rest.numpy() / horizon, self.hyperparameters))
@@ -156,15 +170,18 @@ class Reader:
         seen = check_steps(steps, len(array), horizon)
         metric = read_metric(array, mode, bounds, [run.values for run in self.siblings])
         x, y = self._rows(metric, array, seen, horizon)
-        own = min(len(y), len(thin(len(array), self._most)))
+        own = len(thin(len(array), self._most))
         if not own:
             return 1.0
         visible = torch.arange(len(y) - own, len(y))
         with torch.inference_mode():
             told = self._transformer.decode(
-                self._nothing, x[None, -own:], buffer=(x[None], y[None]), visible=visible
+                self._nothing,
+                x[None, -own:],
+                buffer=(x[None], y[None]),
+                visible=visible.to(self._device),
             )
-            below = _predictive(self._transformer.mixture_y(told)).cdf(y[-own:].double())
+            below = _predictive(self._transformer.mixture_y(told)).cdf(y[-own:].double().cpu())
         tails = (2 * torch.minimum(below, 1 - below)).clamp(1e-12, 1)
         count = torch.tensor(float(own), dtype=torch.float64)
         return float(torch.special.gammaincc(count, -tails.log().sum()))
@@ -193,13 +210,12 @@ class Reader:
             keep = thin(len(of_run), most)
             x.append(self._places(steps[keep.numpy()] / horizon, hyperparameters))
             y.append(metric.encode(torch.from_numpy(of_run)[keep]).float())
-        return torch.cat(x), torch.cat(y)
+        return torch.cat(x), torch.cat(y).to(self._device)
 
-    @staticmethod
-    def _places(time: Array, hyperparameters: Array) -> Tensor:
+    def _places(self, time: Array, hyperparameters: Array) -> Tensor:
         """Inputs (n, 1 + k) of the network."""
         own = np.broadcast_to(hyperparameters, (len(time), len(hyperparameters)))
-        return torch.from_numpy(np.concatenate([time[:, None], own], 1)).float()
+        return torch.from_numpy(np.concatenate([time[:, None], own], 1)).float().to(self._device)
 
     def _ask(self, x: Tensor, y: Tensor, x_query: Tensor) -> Told:
         """What becomes of queries (m, d) after a context (n, d), (n,), which is kept as read."""
@@ -245,6 +261,8 @@ def _check_sweep(
         steps = check_steps(sibling.steps, len(values), sys.float_info.max)
         if len(values):
             runs.append(_Run(values, point, steps))
+    if most < 1:
+        raise ValueError("Expected a network that was trained on sweeps, to read siblings.")
     if not 1 <= len(own) <= most:
         raise ValueError(
             f"Expected 1 to {most} hyperparameters, which the network knows; got {len(own)}."
@@ -254,14 +272,27 @@ def _check_sweep(
             raise ValueError(f"Expected hyperparameters in [0, 1]; got {point.tolist()}.")
     far = [float(np.square(run.hyperparameters - own).sum()) for run in runs]
     nearest = sorted(np.argsort(far, kind="stable")[:MOST_SIBLINGS])
-    if 0 in far:  # a repeat is told apart from what it repeats by a hair
-        own = own + np.where(own < 0.5, HAIR, -HAIR)
-    return [runs[i] for i in nearest], own
+    chosen = [runs[i] for i in nearest]
+    *places, own = tell_apart([*(run.hyperparameters for run in chosen), own])
+    return [run._replace(hyperparameters=p) for run, p in zip(chosen, places, strict=True)], own
+
+
+def tell_apart(places: Sequence[Array]) -> list[Array]:
+    """The same points, but repeats moved by a hair: the network knows runs by where they are."""
+    known: set[tuple[float, ...]] = set()
+    apart = []
+    for place in places:
+        moved = place.astype(np.float32)
+        while tuple(moved.tolist()) in known:
+            moved[0] += HAIR if place[0] < 0.5 else -HAIR
+        known.add(tuple(moved.tolist()))
+        apart.append(moved.astype(np.float64))
+    return apart
 
 
 def _predictive(mixture: Mixture) -> Predictive:
     """The only task's mixtures, in float64 and free of inference mode."""
-    log_weights, means, log_stds = (part[0].double().clone() for part in mixture)
+    log_weights, means, log_stds = (part[0].double().cpu().clone() for part in mixture)
     return Predictive(log_weights, means, log_stds.exp(), validate_args=False)
 
 
@@ -271,20 +302,25 @@ def load(name: str) -> PFN:
     return pfn.load(name)
 
 
-def remaining_steps(seen: Array, horizon: float) -> Array:
+def remaining_steps(seen: Array, horizon: float, *, coarsen: bool = False) -> Array:
     """Steps after the last one seen, at the spacing so far, up to the horizon and with it.
 
+    Args:
+        coarsen: space them wider where they are more than `MOST_STEPS`.
+
     Raises:
-        ValueError: more than `MOST_STEPS`.
+        ValueError: more than that otherwise.
     """
     last = seen[-1] if len(seen) else 0.0
-    apart = float(np.median(np.diff(seen, prepend=0.0))) if len(seen) else 1.0
+    apart = float(np.median(np.diff(seen))) if len(seen) > 1 else float(last or 1.0)
     count = math.floor((horizon - last) / apart + 1e-9)
     if count > MOST_STEPS:
-        raise ValueError(
-            f"Expected at most {MOST_STEPS} remaining steps; got {count}, one every {apart:g} up to"
-            f" {horizon:g}. Pass wider spaced values and their steps."
-        )
+        if not coarsen:
+            raise ValueError(
+                f"Expected at most {MOST_STEPS} remaining steps; got {count}, one every {apart:g}"
+                f" up to {horizon:g}. Pass wider spaced values and their steps."
+            )
+        apart, count = (horizon - last) / MOST_STEPS, MOST_STEPS
     rest = last + apart * np.arange(1.0, count + 1)
     if horizon - (rest[-1] if count else last) > 1e-6 * apart:
         rest = np.append(rest, horizon)
@@ -292,9 +328,9 @@ def remaining_steps(seen: Array, horizon: float) -> Array:
 
 
 def thin(count: int, most: int) -> Tensor:
-    """Indices of at most `most` of `count` values, evenly spaced, the last one among them."""
-    stride = max(1, math.ceil(count / most))
-    return torch.arange(count - 1, -1, -stride).flip(0)
+    """Indices of at most `most` of `count` values: every second, third, ... and the last one."""
+    stride = max(1, math.ceil((count - 1) / max(1, most - 1)))
+    return torch.tensor(sorted({*range(0, count, stride), count - 1} - {-1}), dtype=torch.long)
 
 
 def spread(count: int, most: int) -> Tensor:

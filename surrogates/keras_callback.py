@@ -12,7 +12,7 @@ from surrogates.stopping import Decision, StopRule
 class KerasCurveStopping(keras.callbacks.Callback):  # type: ignore[misc]
     """Stops when the monitored metric will hardly beat `best`, or, without one, its own best.
 
-    The horizon is the `epochs` of `fit`.
+    The horizon is the `epochs` of `fit`, and a value comes with each epoch that has one.
 
     Args:
         monitor: name of a metric in the epoch's logs.
@@ -25,7 +25,7 @@ class KerasCurveStopping(keras.callbacks.Callback):  # type: ignore[misc]
         decision: the last one, with its reason.
 
     Raises:
-        ValueError: an argument out of range, or a metric that is not in the logs.
+        ValueError: an argument out of range, or, at the end, a metric that was never in the logs.
     """
 
     def __init__(
@@ -46,16 +46,23 @@ class KerasCurveStopping(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Reads the horizon."""
         self._rule = self._new(self.params["epochs"])
+        self._logged: set[str] = set()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Decides after an epoch."""
         logs = logs or {}
-        if self.monitor not in logs:
-            raise ValueError(
-                f"Expected monitor among the logs {sorted(logs)}; got {self.monitor!r}."
-            )
+        self._logged |= set(logs)
+        if self.monitor not in logs:  # an epoch without validation
+            return
         self.decision = self._rule.update(float(logs[self.monitor]), epoch + 1)
         if self.decision.stop and epoch + 1 < self._rule.criterion.horizon:
             self.model.stop_training = True
             if self.verbose:
                 print(self.decision.reason)
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        """Says so if the metric never came."""
+        if self._logged and self.monitor not in self._logged:
+            raise ValueError(
+                f"Expected monitor among the logs {sorted(self._logged)}; got {self.monitor!r}."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +15,8 @@ class CurveStopping(pl.Callback):
     """Stops when the monitored metric will hardly beat `best`, or, without one, its own best.
 
     The horizon is the trainer's `max_epochs`, or `max_steps` where epochs are unlimited. The metric
-    is read after each validation, or after each training epoch where there is none; the trainer's
-    `min_epochs` and `min_steps` are respected.
+    is read after each validation, be it within an epoch, or after each training epoch where it is
+    logged then; the trainer's `min_epochs` and `min_steps` are respected.
 
     Args:
         monitor: name of a logged metric.
@@ -55,7 +56,7 @@ class CurveStopping(pl.Callback):
         return f"{type(self).__qualname__}[monitor={self.monitor}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """The values seen, for a training that is resumed."""
+        """The values seen, for a training that is resumed; the better incumbent counts then."""
         return {} if self._rule is None else self._rule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,30 +74,50 @@ class CurveStopping(pl.Callback):
                 f"got max_epochs={trainer.max_epochs} and max_steps={trainer.max_steps}."
             )
         self._rule = StopRule(horizon, self._best, self._mode, **self._options)
+        self._after_epoch = not trainer.enable_validation  # rather than after a validation
         if self._state is not None:
             self._rule.load_state_dict(self._state)
+            known = [best for best in (self._best, self._rule.best) if best is not None]
+            self._rule.best = (max if self._mode == "max" else min)(known, default=None)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decides after a validation."""
+        if not self._is_fitting(trainer) or self._after_epoch:
+            return
+        if self.monitor not in trainer.callback_metrics:  # a metric of the training, it seems
+            self._after_epoch = True
+            return
         self._update(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Decides after an epoch without validation."""
-        if not trainer.enable_validation:
-            self._update(trainer)
-
-    def _update(self, trainer: pl.Trainer) -> None:
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if trainer.sanity_checking or trainer.fast_dev_run or not fitting:  # type: ignore[attr-defined]
+        """Decides after an epoch, by a metric that is logged then."""
+        if not self._is_fitting(trainer) or not self._after_epoch:
             return
-        assert self._rule is not None
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             raise ValueError(
                 f"Expected monitor among the logged metrics {sorted(metrics)}; got"
                 f" {self.monitor!r}. Log it with self.log({self.monitor!r}, value)."
             )
-        step = trainer.global_step if self._by_step else trainer.current_epoch + 1
+        self._update(trainer)
+
+    def _is_fitting(self, trainer: pl.Trainer) -> bool:
+        is_trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        return trainer.state.fn == TrainerFn.FITTING and not is_trial
+
+    def _step(self, trainer: pl.Trainer) -> float:
+        """Epochs, parts of the running one included, or optimizer steps."""
+        if self._by_step:
+            return trainer.global_step
+        batches = trainer.num_training_batches
+        if self._after_epoch or not math.isfinite(batches):
+            return trainer.current_epoch + 1
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return trainer.current_epoch + min(1.0, done / batches)
+
+    def _update(self, trainer: pl.Trainer) -> None:
+        assert self._rule is not None
+        metrics, step = trainer.callback_metrics, self._step(trainer)
         done = self._rule.steps[-1] if self._rule.steps else 0
         if not done < step <= self._rule.criterion.horizon:  # validated twice in an epoch
             return

@@ -46,24 +46,30 @@ class Metric:
     center: float
     scale: float
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether y is proportional to the goodness, as where both bounds are finite."""
+        return math.isfinite(self.bottom) and math.isfinite(self.top)
+
     def encode(self, values: Tensor) -> Tensor:
-        """y in [0, 1] of values of any shape, in float64."""
-        g = self.sign * values.double()
-        finite = g.isfinite()
-        g = torch.where(finite, g, 0.0)
-        if math.isfinite(self.bottom) and math.isfinite(self.top):
-            y = (g - self.bottom) / (self.top - self.bottom)
-        elif math.isfinite(self.top):
-            y = self.scale / (self.scale + self.top - g)
-        elif math.isfinite(self.bottom):
-            y = (g - self.bottom) / (self.scale + g - self.bottom)
-        else:
-            y = torch.sigmoid((g - self.sign * self.center) / self.scale)
-        return torch.where(finite, y, 0.0)
+        """y in [0, 1] of observed values of any shape, in float64; 0 where they are not finite."""
+        values = values.double()
+        return torch.where(values.isfinite(), self.place(values), 0.0)
+
+    def place(self, values: Tensor) -> Tensor:
+        """y in [0, 1] of values to ask about; those beyond a bound, or infinite, are at its end."""
+        g = (self.sign * values.double()).clamp(self.bottom, self.top)
+        if self.is_linear:
+            return (g - self.bottom) / (self.top - self.bottom)
+        if math.isfinite(self.top):
+            return self.scale / (self.scale + self.top - g)
+        if math.isfinite(self.bottom):
+            return 1 - self.scale / (self.scale + g - self.bottom)
+        return torch.sigmoid((g - self.sign * self.center) / self.scale)
 
     def decode(self, y: Tensor) -> Tensor:
         """Values at y in (0, 1)."""
-        if math.isfinite(self.bottom) and math.isfinite(self.top):
+        if self.is_linear:
             g = self.bottom + (self.top - self.bottom) * y
         elif math.isfinite(self.top):
             g = self.top - self.scale * (1 - y) / y
@@ -75,7 +81,7 @@ class Metric:
 
     def log_slope(self, y: Tensor) -> Tensor:
         """log |dy/dv| at y in (0, 1)."""
-        if math.isfinite(self.bottom) and math.isfinite(self.top):
+        if self.is_linear:
             return torch.full_like(y, -math.log(self.top - self.bottom))
         if math.isfinite(self.top):
             return 2 * y.log() - math.log(self.scale)
@@ -83,23 +89,20 @@ class Metric:
             return 2 * torch.log1p(-y) - math.log(self.scale)
         return y.log() + torch.log1p(-y) - math.log(self.scale)
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether y is proportional to the goodness, as where both bounds are finite."""
-        return math.isfinite(self.bottom) and math.isfinite(self.top)
-
 
 def read_metric(
     values: NDArray[np.float64],
     mode: str,
     bounds: Bounds | None,
     siblings: Sequence[NDArray[np.float64]] = (),
+    best: float | None = None,
 ) -> Metric:
     """The map for a metric of which `values` (n,) were seen, and `siblings` of other runs.
 
     Without bounds, a metric to be maximised whose values all lie in [0, 1] is bounded by these, one
-    to be minimised that is never negative is bounded by 0 below, and any other is unbounded. Beside
-    siblings, center and scale are medians of the runs'.
+    to be minimised that is never negative is bounded by 0 below, and any other is unbounded; a
+    value to beat, `best`, counts among the values. Beside siblings, center and scale are medians of
+    the runs'.
 
     Raises:
         ValueError: a mode that is none, bounds out of order, or values outside of them.
@@ -108,7 +111,11 @@ def read_metric(
         raise ValueError(f"Expected a mode among {MODES}; got {mode!r}.")
     runs = [run[np.isfinite(run)] for run in (values, *siblings)]
     finite = np.concatenate(runs)
-    low, high = _check_bounds(bounds, finite) if bounds is not None else _guess(finite, mode)
+    if bounds is not None:
+        low, high = _check_bounds(bounds, finite)
+    else:
+        told = [] if best is None or not math.isfinite(best) else [best]
+        low, high = _guess(np.append(finite, told), mode)
     sign = 1.0 if mode == "max" else -1.0
     bottom, top = (low, high) if mode == "max" else (-high, -low)
     begun = [run for run in runs if len(run)]
@@ -170,11 +177,13 @@ def _inside(low: float, high: float) -> float:
 def check_values(values: Any) -> NDArray[np.float64]:
     """Values of a metric (n,) as float64; NaN and infinities may be among them."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
+        values = values.detach().cpu().double()
     try:
         array = np.require(np.asarray(values, dtype=np.float64), requirements="W")
     except (TypeError, ValueError):
         raise ValueError(f"Expected values of shape (n,), numbers; got {values!r}.") from None
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
     if array.ndim != 1:
         raise ValueError(f"Expected values of shape (n,), one per step; got shape {array.shape}.")
     return array

@@ -186,7 +186,7 @@ class StopRule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+        """Goes on from a `state_dict`, `best` included."""
         self.best = state["best"]
         self.values, self.steps = list(state["values"]), list(state["steps"])
         self._hopeless = state["hopeless"]
@@ -217,7 +217,7 @@ def judge(
         return Decision(False, f"{where}: no finite value to compare with.")
     how = (criterion.horizon, steps, criterion.mode, criterion.bounds)
     reader = reader or Reader(criterion.model)
-    curve = reader.extrapolate(array, *how, most=ASKED)
+    curve = reader.extrapolate(array, *how, best=incumbent, most=ASKED)
     probability = curve.prob_best(incumbent, min_delta=criterion.min_delta)
     tolerated = 1 - criterion.confidence
     more = f" by more than {criterion.min_delta:g}," if criterion.min_delta else ""
@@ -259,4 +259,4 @@ def find_incumbent(
 
 
 def _percent(p: float) -> str:
-    return f"{100 * p:.2g} %"
+    return f"{100 * p:.2g} %" if p < 0.99 else f"{100 * p:.4g} %"

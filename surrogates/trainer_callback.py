@@ -12,7 +12,8 @@ from surrogates.stopping import Decision, StopRule
 class TrainerCurveStopping(TrainerCallback):  # type: ignore[misc]
     """Stops when the monitored metric will hardly beat `best`, or, without one, its own best.
 
-    The horizon is the trainer's `max_steps`, and a value comes with each evaluation.
+    The horizon is the trainer's `max_steps`, and a value comes with each evaluation in training
+    that has the metric.
 
     Args:
         monitor: name of a metric of the evaluation, with or without its "eval_".
@@ -25,7 +26,7 @@ class TrainerCurveStopping(TrainerCallback):  # type: ignore[misc]
         decision: the last one, with its reason.
 
     Raises:
-        ValueError: an argument out of range, or a metric that was not evaluated.
+        ValueError: an argument out of range, or, at the end, a metric that was never evaluated.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class TrainerCurveStopping(TrainerCallback):  # type: ignore[misc]
         self.decision: Decision | None = None
         self._new = lambda horizon: StopRule(horizon, best, mode, **rule)
         self._new(1)  # raises where an argument is out of range
+        self._rule: StopRule | None = None
+        self._evaluated: set[str] = set()
 
     def on_train_begin(
         self,
@@ -51,9 +54,9 @@ class TrainerCurveStopping(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Reads the horizon, and in a run that is resumed the values before."""
-        self._rule = self._new(state.max_steps)
+        self._rule, self._evaluated = self._new(state.max_steps), set()
         for entry in state.log_history:
-            if self.monitor in entry and self._is_new(entry["step"]):
+            if self.monitor in entry and _is_new(self._rule, entry["step"]):
                 self._rule.update(float(entry[self.monitor]), entry["step"])
 
     def on_evaluate(
@@ -65,12 +68,11 @@ class TrainerCurveStopping(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Decides after an evaluation."""
+        if self._rule is None or not _is_new(self._rule, state.global_step):
+            return  # evaluated before the training or after it
         metrics = metrics or {}
-        if self.monitor not in metrics:
-            raise ValueError(
-                f"Expected monitor among the metrics {sorted(metrics)}; got {self.monitor!r}."
-            )
-        if not self._is_new(state.global_step):  # evaluated before or after the training
+        self._evaluated |= set(metrics)
+        if self.monitor not in metrics:  # another set than the one that is monitored
             return
         self.decision = self._rule.update(float(metrics[self.monitor]), state.global_step)
         if self.decision.stop and state.global_step < state.max_steps:
@@ -78,6 +80,22 @@ class TrainerCurveStopping(TrainerCallback):  # type: ignore[misc]
             if self.verbose and state.is_world_process_zero:
                 print(self.decision.reason)
 
-    def _is_new(self, step: float) -> bool:
-        done = self._rule.steps[-1] if self._rule.steps else 0
-        return done < step <= self._rule.criterion.horizon
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Says so if the metric never came."""
+        self._rule = None
+        if self._evaluated and self.monitor not in self._evaluated:
+            raise ValueError(
+                f"Expected monitor among the metrics {sorted(self._evaluated)}; got"
+                f" {self.monitor!r}."
+            )
+
+
+def _is_new(rule: StopRule, step: float) -> bool:
+    done = rule.steps[-1] if rule.steps else 0
+    return done < step <= rule.criterion.horizon

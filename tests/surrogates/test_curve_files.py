@@ -59,6 +59,23 @@ def test_the_metric_is_chosen_by_name_and_lightnings_gaps_are_kept_out(tmp_path)
     assert read_curve(path, "val").steps.tolist() == [1, 2]
 
 
+def test_cells_that_are_empty_are_no_values_but_nan_is_one(tmp_path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,train,val\n0,,0.4\n0,2.0,\n1,,nan\n1,1.5,\n2,,0.6\n2,1.4,\n")
+    seen = read_curve(path, "val")
+    assert seen.steps.tolist() == [1, 2, 3] and seen.values[[0, 2]].tolist() == [0.4, 0.6]
+    assert np.isnan(seen.values[1])
+    path.write_text("step,acc\n,0.5\n")
+    with pytest.raises(ValueError, match="there are none"):
+        read_curve(path)
+
+
+def test_a_step_0_before_the_training_is_left_out(tmp_path) -> None:
+    path = write(tmp_path / "a.csv", [0.1, 0.3, 0.4], [0, 500, 1000])
+    seen = read_curve(path)
+    assert seen.steps.tolist() == [500, 1000] and seen.values.tolist() == [0.3, 0.4]
+
+
 def test_tensorboard_logs(tmp_path) -> None:
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter

@@ -32,7 +32,15 @@ def data(n: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
 # Lightning
 
 
-def fit_lightning(best: float | None, rate: float, path: Path, **arguments):
+def fit_lightning(
+    best: float | None,
+    rate: float,
+    path: Path,
+    monitor: str = "val_acc",
+    mode: str = "max",
+    state: dict | None = None,
+    **arguments,
+):
     pl = pytest.importorskip("lightning.pytorch")
     from surrogates import CurveStopping
 
@@ -43,7 +51,9 @@ def fit_lightning(best: float | None, rate: float, path: Path, **arguments):
             self.net = torch.nn.Linear(4, 2)
 
         def training_step(self, batch, index):
-            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("train_loss", loss, on_step=False, on_epoch=True)
+            return loss
 
         def validation_step(self, batch, index):
             hits = (self.net(batch[0]).argmax(-1) == batch[1]).float().mean()
@@ -55,7 +65,9 @@ def fit_lightning(best: float | None, rate: float, path: Path, **arguments):
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(*data()), batch_size=64, num_workers=0
     )
-    callback = CurveStopping("val_acc", best, warmup=4, verbose=False)
+    callback = CurveStopping(monitor, best, mode, warmup=4, verbose=False)
+    if state is not None:
+        callback.load_state_dict(state)
     trainer = pl.Trainer(
         max_epochs=EPOCHS, callbacks=[callback], logger=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", default_root_dir=path,
@@ -104,6 +116,25 @@ def test_lightning_keeps_to_min_epochs_and_names_a_metric_that_is_not_logged(tmp
         trainer.fit(Net(), loader)
 
 
+def test_lightning_reads_validations_within_epochs_and_metrics_of_the_training(tmp_path) -> None:
+    _, quarters = fit_lightning(None, 0.02, tmp_path, val_check_interval=0.5, min_epochs=EPOCHS)
+    steps = quarters.state_dict()["steps"]
+    assert steps[:4] == [0.5, 1.0, 1.5, 2.0] and len(steps) == 2 * EPOCHS
+    _, training = fit_lightning(
+        None, 0.02, tmp_path, monitor="train_loss", mode="min", min_epochs=EPOCHS
+    )
+    values = training.state_dict()["values"]
+    assert len(values) == EPOCHS and values[-1] < values[0]
+
+
+@pytest.mark.parametrize(("given", "saved", "kept"), [(0.7, 0.6, 0.7), (None, 0.6, 0.6)])
+def test_lightning_resumes_with_the_better_incumbent(given, saved, kept, tmp_path) -> None:
+    state = {"best": saved, "values": [0.5], "steps": [0.001], "hopeless": 0}
+    _, callback = fit_lightning(given, 0.02, tmp_path, state=state, min_epochs=EPOCHS)
+    assert callback.state_dict()["best"] == kept
+    assert callback.state_dict()["values"][0] == 0.5
+
+
 # Keras, in a process of its own: its backend is chosen when it is first imported
 
 KERAS = """
@@ -119,7 +150,8 @@ model = keras.Sequential([keras.layers.Dense(1, activation="sigmoid")])
 model.compile(keras.optimizers.SGD(float(sys.argv[1])), "binary_crossentropy", metrics=["accuracy"])
 stop = KerasCurveStopping("val_accuracy", float(sys.argv[2]), "max", warmup=4)
 history = model.fit(
-    x, y, epochs=30, verbose=0, validation_data=(x, y), batch_size=64, callbacks=[stop]
+    x, y, epochs=30, verbose=0, validation_data=(x, y), batch_size=64, callbacks=[stop],
+    validation_freq=int(sys.argv[3]),
 )
 print("epochs", len(history.history["loss"]))
 """
@@ -127,9 +159,12 @@ print("epochs", len(history.history["loss"]))
 
 # not imported here, which would choose its backend
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="needs keras")
-@pytest.mark.parametrize(("rate", "best", "stops"), [(1e-6, 0.97, True), (0.05, 0.6, False)])
-def test_keras(rate: float, best: float, stops: bool) -> None:
-    command = [sys.executable, "-c", KERAS, str(rate), str(best)]
+@pytest.mark.parametrize(
+    ("rate", "best", "every", "stops"),
+    [(1e-6, 0.97, 1, True), (0.05, 0.6, 1, False), (1e-6, 0.97, 2, True)],
+)
+def test_keras(rate: float, best: float, every: int, stops: bool) -> None:
+    command = [sys.executable, "-c", KERAS, str(rate), str(best), str(every)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     epochs = int(done.stdout.rsplit("epochs", 1)[1])
@@ -166,7 +201,9 @@ def test_hugging_face(rate: float, best: float, stops: bool, tmp_path) -> None:
     trainer = transformers.Trainer(
         Net(), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback]
     )
+    trainer.evaluate()  # before the training, and of another set after it: neither counts
     trainer.train()
+    trainer.evaluate(rows[:64], metric_key_prefix="test")
     assert (trainer.state.global_step < trainer.state.max_steps) == stops
     assert callback.decision is not None and math.isfinite(callback.decision.probability) == stops
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from priors import LearningCurves
-from surrogates import CurvePruner, StopRule
+from surrogates import CurvePruner, StopRule, extrapolate
 from surrogates.extrapolation import Reader
 from surrogates.pruning import find_siblings
-from surrogates.stopping import Criterion, judge
+from surrogates.stopping import Criterion, _percent, judge
 
 EPOCHS = 40
 GOOD = 0.95 - 0.5 / np.sqrt(np.arange(1.0, EPOCHS + 1))  # still rising: 0.87 at the end
@@ -176,6 +176,34 @@ def test_arguments_out_of_range_are_refused(arguments, words) -> None:
         StopRule(**{"horizon": 10, **arguments})
 
 
+def test_a_value_to_beat_tells_the_bounds_too() -> None:
+    rule = StopRule(20, best=20.0, warmup=2)
+    for value in (0.05, 0.2, 0.35, 0.5):  # of a score without limit, not an accuracy
+        decision = rule.update(value)
+    assert decision.curve is not None and not math.isfinite(decision.curve.metric.top)
+    rule = StopRule(20, best=-1.0, mode="min", warmup=2)
+    for value in (0.9, 0.5, 0.3, 0.2):
+        decision = rule.update(value)
+    assert decision.curve is not None and not math.isfinite(decision.curve.metric.top)
+
+
+def test_runs_of_any_length_are_judged() -> None:
+    rule = StopRule(50_000, best=0.9, warmup=3)
+    for value in (0.1, 0.2, 0.25, 0.3, 0.33):
+        decision = rule.update(value)
+    assert decision.curve is not None and 0 <= decision.probability <= 1
+
+
+def test_probabilities_read_well_in_words() -> None:
+    assert [_percent(p) for p in (0.0123, 0.5, 0.999, 0.9999, 1.0)] == [
+        "1.2 %",
+        "50 %",
+        "99.9 %",
+        "99.99 %",
+        "100 %",
+    ]
+
+
 # Optuna
 
 
@@ -236,12 +264,12 @@ def test_it_decides_on_what_the_storage_holds_and_can_be_pickled(tmp_path) -> No
 
 def test_a_pruner_reads_siblings_where_they_have_parameters_in_common() -> None:
     study = make_study(siblings=True)
-    report(study, GOOD)  # without parameters: by itself
+    assert report(study, GOOD).state.name == "COMPLETE"  # without parameters: by itself
+    assert report(study, POOR).state.name == "PRUNED"
     distributions = {
         "lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
         "kind": optuna.distributions.CategoricalDistribution(["a", "b"]),
     }
-    places = []
     study = make_study(siblings=True)
     for lr, values in ((1e-3, GOOD), (1e-2, POOR), (2e-2, POOR), (3e-2, POOR)):
         study.enqueue_trial({"lr": lr, "kind": "b"})
@@ -262,7 +290,17 @@ def test_a_pruner_reads_siblings_where_they_have_parameters_in_common() -> None:
         bad.report(float(value), step)
         if bad.should_prune():
             break
-    assert step < EPOCHS / 2 and "beats" in study.trials[-1].user_attrs["curve:reason"]
+    assert step < EPOCHS / 2
+    told = study.trials[-1]
+    alone = extrapolate(POOR[:step], EPOCHS)[-1].icdf(0.5)
+    beside = extrapolate(
+        POOR[:step],
+        EPOCHS,
+        siblings=find_siblings(told, study.trials[:4], EPOCHS)[0],
+        hyperparameters=find_siblings(told, study.trials[:4], EPOCHS)[1],
+    )[-1].icdf(0.5)
+    assert told.user_attrs["curve:final"] == pytest.approx(float(beside), abs=1e-4)
+    assert float(beside) != pytest.approx(float(alone), abs=1e-4)
 
 
 def test_no_trial_is_pruned_before_enough_are_complete_nor_at_its_last_report() -> None:
