@@ -114,9 +114,27 @@ def report(runs: Runs = RUNS) -> None:
     unseen = [summary(m, tried, fresh) for m in tried]
     often = [m for m in methods if m not in EXPENSIVE and has_run(m, losses, SEEDS)]
     more = [summary(m, often, losses) for m in often]
-    common.save("bo", rows, **{"five seeds": more, "seeds that chose nothing": unseen})
+    networks = [m for m in ("sghmc-bnn", "ensemble", "laplace-bnn") if m in seconds]
+    pairs = [wins("hmc-bnn", other, losses) for other in networks]
+    tables = {"five seeds": more, "seeds that chose nothing": unseen, "networks in pairs": pairs}
+    common.save("bo", rows, **tables)
     common.save("bo-problems", by_problem(methods, losses))
     draw(often, losses)
+
+
+def wins(
+    method: str, other: str, losses: dict[tuple[str, str, int], NDArray[np.float64]]
+) -> dict[str, Any]:
+    """How often a method is ahead in the runs that both have done; ties count half."""
+    runs = [key[1:] for key in losses if key[0] == method and (other, *key[1:]) in losses]
+    row: dict[str, Any] = {"method": method, "against": other, "runs": len(runs)}
+    for count in (20, 40):
+        ahead = [
+            np.sign(losses[other, *run][count - 1] - losses[method, *run][count - 1])
+            for run in runs
+        ]
+        row[f"wins after {count}"] = float(np.mean(ahead) + 1) / 2 * len(runs)
+    return row
 
 
 def has_run(
