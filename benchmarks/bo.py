@@ -133,7 +133,7 @@ def wins(
             np.sign(losses[other, *run][count - 1] - losses[method, *run][count - 1])
             for run in runs
         ]
-        row[f"wins after {count}"] = float(np.mean(ahead) + 1) / 2 * len(runs)
+        row[f"wins after {count}"] = float(sum(ahead) + len(runs)) / 2
     return row
 
 

@@ -4,6 +4,7 @@
     python benchmarks/curves.py predict --data FOLDER     the network and quick baselines on many
     python benchmarks/curves.py sweeps --data FOLDER      what siblings add
     python benchmarks/curves.py prior                     draws of LC-PFN's prior, against MCMC
+    python benchmarks/curves.py copula                    constants of joint draws, on the prior's
     python benchmarks/curves.py speed                     milliseconds of an update
 
 FOLDER is that of `curve_prior.py`, whose curves the prior was compared with: they are no test on
@@ -31,11 +32,12 @@ import pandas as pd
 import torch
 import typer
 from curve_baselines import Array, Beginning, Student, smoothed_density
-from curve_prior import Curve, complete_curves, read_curves
+from curve_prior import Curve, complete_curves, our_curves, read_curves
 
 import pfn
+import surrogates
 from priors import LearningCurves
-from surrogates import extrapolate
+from surrogates import curve_posterior, extrapolate
 from surrogates.extrapolation import MODEL, Reader, Sibling, thin
 from surrogates.metrics import read_metric
 from surrogates.stopping import StopRule
@@ -44,6 +46,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 CUTS = (0.1, 0.2, 0.4, 0.8)
 DATA = typer.Option(help="folder of real curves")
 PER_GROUP = 40  # curves of a data set and kind
+MEMORIES, COMMONS = (0.125, 0.25, 0.5), (0.0, 0.3, 0.6, 0.9)  # of joint draws
 SIBLINGS = (0, 1, 5, 15, 30)
 SLOW = Path(__file__).parent / "results" / "curves-slow.jsonl"
 SQUARES, PUBLISHED, FLAT = "least squares", "MCMC, LC-PFN's prior", "MCMC, eleven families"
@@ -343,6 +346,45 @@ def prior(
         )
         print(rows[-1], flush=True)
     common.save("curves-prior", rows, model=model, seed=seed)
+
+
+@app.command()
+def copula(model: str = MODEL, curves: int = 150, seed: int = 0) -> None:
+    """Whether the best of the rest beats a rival, for draws of the prior: scores of constants.
+
+    Rivals are such that it does with probability 1/2, 1/5 and 1/20, by the constants in use.
+    """
+    torch.set_num_threads(1)
+    runs = [c.y for kind in ("accuracy", "loss") for c in our_curves(kind, curves, seed)]
+    used = curve_posterior.MEMORY, curve_posterior.COMMON
+    found: dict[tuple[float, float], list[float]] = defaultdict(list)
+    said: dict[tuple[float, float], list[float]] = defaultdict(list)
+    for y, share in itertools.product(runs, CUTS):
+        seen = max(2, round(share * len(y)))
+
+        def ask(memory: float, shared: float, y: Array = y, seen: int = seen) -> surrogates.Curve:
+            curve_posterior.MEMORY, curve_posterior.COMMON = memory, shared
+            return Reader(model).extrapolate(y[:seen], len(y), bounds=(0, 1))
+
+        rivals = [ask(*used).quantile_best(p) for p in (0.5, 0.8, 0.95)]
+        for constants in itertools.product(MEMORIES, COMMONS):
+            curve = ask(*constants)
+            for rival in rivals:
+                p = min(max(curve.prob_best(rival), 1e-4), 1 - 1e-4)
+                beaten = bool(y[seen:].max() > rival)
+                found[constants].append(math.log(p if beaten else 1 - p))
+                said[constants].append(p - beaten)
+    rows = [
+        {
+            "memory": memory,
+            "common": shared,
+            "log score": fmean(found[memory, shared]),
+            "said less happened": fmean(said[memory, shared]),
+            "in use": "yes" if (memory, shared) == used else "",
+        }
+        for memory, shared in found
+    ]
+    common.save("curves-copula", rows, curves=len(runs), model=model, seed=seed)
 
 
 @app.command()

@@ -29,6 +29,7 @@ HEADINGS = {
     "curves-predict": "The rest of real learning curves",
     "curves-sweeps": "The rest of a curve beside siblings",
     "curves-prior": "Draws of the published prior of learning curves, against MCMC",
+    "curves-copula": "Constants of joint draws of a curve",
     "curves-speed": "A decision on a learning curve",
     "stopping": "Early stopping of sweeps",
     "stopping-tasks": "Early stopping, task by task",
