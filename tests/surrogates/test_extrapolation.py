@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 import pfn
 from priors import LearningCurves
 from surrogates import Sibling, extrapolate
-from surrogates.curve_posterior import DIVERGED, DRAWS
+from surrogates.curve_posterior import DIVERGED, DRAWS, EDGE
 from surrogates.extrapolation import Reader, remaining_steps, spread, tell_apart, thin
 
 ACCURACY = 0.9 - 0.6 / np.sqrt(np.arange(1.0, 16))
@@ -121,6 +121,9 @@ def test_the_quantile_of_the_best_is_the_inverse_of_its_probability(values, how)
     best = paths.amax(-1) if how["mode"] == "max" else -paths.amin(-1)
     for p in (0.05, 0.5, 0.95):
         q = curve.quantile_best(p)
+        if curve.metric.encode(torch.tensor(q)) > 1 - 2 * EDGE:  # the end is that likely
+            assert 1 - curve.prob_best(q) > p - 2e-3
+            continue
         assert 1 - curve.prob_best(q) == pytest.approx(p, abs=2e-3)
         below = best <= (q if how["mode"] == "max" else -q)
         # quasi-random draws err by about a percent
@@ -165,18 +168,35 @@ def sweep(seed: int) -> tuple[list[Sibling], np.ndarray, np.ndarray]:
 
 
 def test_siblings_say_what_runs_with_near_hyperparameters_do() -> None:
-    alone, beside = [], []
-    for seed in range(12):
-        siblings, place, values = sweep(seed)
-        for seen in (0, 2):
+    for seen in (2, 5):
+        alone, beside = [], []
+        for seed in range(12):
+            siblings, place, values = sweep(seed)
+            how = {"siblings": siblings, "hyperparameters": place, "bounds": (0, 1)}
             single = extrapolate(values[:seen], 20, bounds=(0, 1))
-            curve = extrapolate(
-                values[:seen], 20, bounds=(0, 1), siblings=siblings, hyperparameters=place
-            )
+            curve = extrapolate(values[:seen], 20, **how)
             assert curve.batch_shape == (20 - seen,)
             alone.append(float(single[-1].log_prob(values[-1])))
             beside.append(float(curve[-1].log_prob(values[-1])))
-    assert np.mean(beside) > np.mean(alone) + 0.3  # nats
+        assert np.mean(beside) > np.mean(alone) + 0.1  # nats; 0.4 as this is written
+
+
+def test_a_run_is_predicted_from_its_siblings_before_it_has_begun() -> None:
+    prior = LearningCurves(metrics=("accuracy",), resolution=3e-4)
+    tasks = prior.sample(200, 160, 2, generator=torch.Generator().manual_seed(5))
+    gains = []
+    unknown = extrapolate([], 100, bounds=(0, 1))[-1]
+    for x, y in zip(tasks.x, tasks.y.clamp(0, 1), strict=True):
+        place, of_row = torch.unique_consecutive(x[:, 1:], return_inverse=True, dim=0)
+        if len(place) < 4:
+            continue
+        siblings = [
+            Sibling(y[of_row == i], place[i], (100 * x[of_row == i, 0]).tolist())
+            for i in range(len(place) - 1)
+        ]
+        curve = extrapolate([], 100, bounds=(0, 1), siblings=siblings, hyperparameters=place[-1])
+        gains.append(float(curve[-1].log_prob(y[-1]) - unknown.log_prob(y[-1])))
+    assert np.mean(gains) > 2 * np.std(gains) / math.sqrt(len(gains))  # two standard errors
 
 
 def test_siblings_may_be_many_of_any_length_and_repeats() -> None:
@@ -317,8 +337,8 @@ def test_rows_that_are_kept_of_long_runs_stay_as_they_grow() -> None:
             assert len(kept) <= most and (count == 0 or (kept[0] == 0 and kept[-1] == count - 1))
     assert thin(140, 128)[:60].tolist() == thin(150, 128)[:60].tolist()
     y = 0.9 - 0.5 * np.exp(-np.arange(1.0, 301) / 60)
-    said = [extrapolate(y[:n], 400).prob_best(0.899) for n in (200, 240, 256, 257, 258, 280)]
-    assert max(np.abs(np.diff(said))) < 0.35
+    said = [extrapolate(y[:n], 400).prob_best(0.899) for n in range(254, 262)]
+    assert max(np.abs(np.diff(said))) < 0.25  # 256 values are read, and then every second
 
 
 def test_flat_constant_and_extreme_values_get_an_answer() -> None:

@@ -106,7 +106,7 @@ def test_a_near_miss_is_paused_and_a_hopeless_run_is_not() -> None:
     decisions = []
     for best in np.linspace(0.5, 0.98, 100):
         criterion = Criterion(EPOCHS, patience=1)
-        decisions.append(judge(criterion, POOR[:12].tolist(), list(range(1, 13)), float(best)))
+        decisions.append(judge(criterion, POOR[:32].tolist(), list(range(1, 33)), float(best)))
     assert any(d.pause and d.stop for d in decisions)
     assert decisions[-1].stop and not decisions[-1].pause
     assert all(d.pause for d in decisions if d.stop and d.probability >= 0.005)
@@ -140,12 +140,12 @@ def test_steps_may_be_irregular() -> None:
 def test_a_curve_unlike_any_of_the_prior_is_not_stopped_where_that_is_checked() -> None:
     waves = 0.5 + 0.4 * np.sin(np.arange(1, 31) / 3)  # no training rises and falls like this
     steps = list(range(1, 31))
-    assert Reader().surprise(waves, 60) < 1e-4 < Reader().surprise(POOR[:30], 60)
+    assert Reader().surprise(waves, 33) < 1e-4 < Reader().surprise(POOR[:30], 33)
     for check, stops in ((False, True), (True, False)):
-        decision = judge(Criterion(60, check_prior=check, patience=1), waves, steps, 0.9999)
+        decision = judge(Criterion(33, check_prior=check, patience=1), waves, steps, 0.9999)
         assert decision.probability < 0.05
         assert decision.stop == stops and ("unlike any" in decision.reason) == check
-    assert judge(Criterion(60, check_prior=True, patience=1), POOR[:30], steps, 0.999).stop
+    assert judge(Criterion(33, check_prior=True, patience=1), POOR[:30], steps, 0.999).stop
 
 
 def test_p_values_of_draws_of_the_prior_are_not_small() -> None:
