@@ -35,27 +35,8 @@ class Beginning(NamedTuple):
     cut: int
 
 
-class _Bisected:
-    """What a cdf says of quantiles."""
-
-    def quantile(self, p: float) -> Array:
-        """By bisection on [-1, 2]."""
-        low, high = np.full(len(self.median()), -1.0), np.full(len(self.median()), 2.0)
-        for _ in range(50):
-            middle = (low + high) / 2
-            below = self.cdf(middle) < p
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return (low + high) / 2
-
-    def cdf(self, y: Array) -> Array:
-        raise NotImplementedError
-
-    def median(self) -> Array:
-        raise NotImplementedError
-
-
 @dataclass
-class Draws(_Bisected):
+class Draws:
     """Predictive of equally weighted normals: means and standard deviations (draw, rest)."""
 
     mean: Array
@@ -70,7 +51,7 @@ class Draws(_Bisected):
 
 
 @dataclass
-class Student(_Bisected):
+class Student:
     """Student-t predictives (rest,)."""
 
     loc: Array
@@ -83,6 +64,16 @@ class Student(_Bisected):
 
     def median(self) -> Array:
         return self.loc
+
+
+def quantile(predictive: Draws | Student, p: float) -> Array:
+    """By bisection on [-1, 2]."""
+    low, high = np.full(len(predictive.median()), -1.0), np.full(len(predictive.median()), 2.0)
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = predictive.cdf(middle) < p
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
 
 
 def smoothed_density(cdf: Any, y: Array) -> Array:

@@ -70,7 +70,7 @@ def cdf_and_median(predictive: Any) -> tuple[Callable[[Array], Array], Array, Ar
         levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64).unsqueeze(-1)
         low, middle, high = predictive.icdf(levels).numpy()
         return (lambda y: predictive.cdf(torch.from_numpy(y)).numpy()), middle, low, high
-    low, high = (predictive.quantile(p) for p in (0.05, 0.95))
+    low, high = (baselines.quantile(predictive, p) for p in (0.05, 0.95))
     return predictive.cdf, predictive.median(), low, high
 
 

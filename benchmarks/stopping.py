@@ -50,6 +50,7 @@ class Sweep(NamedTuple):
     kind: str  # accuracy or loss
     raw: list[Array]  # values of the metric, finite or not
     y: list[Array]  # what is compared
+    scale: float = 1.0  # of a loss: the one at which y is 1/2
 
     @property
     def mode(self) -> str:
@@ -83,7 +84,7 @@ def read_sweeps(folder: Path) -> Iterator[Sweep]:
             first = float(np.median([values[0] for values in raw if np.isfinite(values[0])]))
             with np.errstate(over="ignore", invalid="ignore"):
                 y = [np.nan_to_num(first / (first + values), nan=0.0) for values in raw]
-            yield Sweep(str(name), kind, raw, y)
+            yield Sweep(str(name), kind, raw, y, first)
 
 
 # who stops
@@ -91,10 +92,7 @@ def read_sweeps(folder: Path) -> Iterator[Sweep]:
 
 def levels_of_network(sweep: Sweep, model: str) -> list[Array]:
     """For each run and step: the least best-so-far that the rest beats with probability DELTA."""
-    scale = 1.0
-    if sweep.kind == "loss":
-        scale = float(np.median([v[0] for v in sweep.raw if np.isfinite(v[0])]))
-    levels = []
+    levels, scale = [], sweep.scale
     for values in sweep.raw:
         reader, of_run = Reader(model), np.full(len(values), np.inf)
         for seen in range(2, len(values)):
@@ -112,7 +110,7 @@ def levels_of_baseline(sweep: Sweep, predict: Callable[[Beginning], Any]) -> lis
         time, of_run = np.arange(1.0, len(y) + 1) / len(y), np.full(len(y), np.inf)
         for seen in range(2, len(y)):
             answer = predict(Beginning(time, y, seen))
-            of_run[seen - 1] = answer.quantile(1 - DELTA).max()
+            of_run[seen - 1] = baselines.quantile(answer, 1 - DELTA).max()
         levels.append(of_run)
     return levels
 

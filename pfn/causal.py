@@ -246,7 +246,7 @@ class CausalTransformer(Network):
         """New points and queries through all layers; each sees what was read and what precedes."""
         k, before = x.shape[1], read.x.shape[1]
         every_x, every_y = torch.cat([read.x, x], 1), torch.cat([read.y, y], 1)
-        runs = _runs(every_x)
+        runs = find_runs(every_x)
         limit = before + (visible if visible.dim() == 2 else visible.unsqueeze(0))
         index = _find(every_x, x_query, limit)
         with torch.autocast(x.device.type, enabled=False):
@@ -356,7 +356,7 @@ class CausalTransformer(Network):
         )
 
 
-def _runs(x: Tensor) -> Tensor:
+def find_runs(x: Tensor) -> Tensor:
     """The index (b, n) of the run of each point (b, n, d); one run if there is only the time."""
     if x.shape[-1] == 1:
         return torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pfn.causal import OF_SWEEPS
+from pfn.causal import OF_SWEEPS, find_runs
 from pfn.library import load
 from pfn.mixture import mixture_log_prob
 from pfn.network import Network, build
@@ -473,14 +473,12 @@ def draw_curves(
     drawn = prior.sample(sizes.batch, n, sizes.features, generator=generator)
     x, y, f = drawn.x.float(), drawn.y.float(), drawn.f.float()
     row = torch.randint(n, (m,), device=device, generator=generator)
-    begin = torch.zeros_like(row)
+    begin, alone = torch.zeros_like(row), 0.0
     if sizes.features > 1:
-        is_new = (x[:, 1:, 1:] != x[:, :-1, 1:]).any(-1)
-        places = torch.arange(1, n, device=device) * is_new
-        begin = F.pad(places.cummax(1).values, (1, 0))[:, row]  # (b, m)
+        runs = find_runs(x)
+        begin, alone = torch.searchsorted(runs, runs[:, row]), 0.2  # (b, m)
     share = torch.rand(begin.shape, device=device, generator=generator)
-    if sizes.features > 1:
-        share = (1.25 * share - 0.25).clamp_min(0)
+    share = ((share - alone) / (1 - alone)).clamp_min(0)
     visible = begin + (share * (row + 1 - begin)).long()
     if drawn.num_context is None:
         raise ValueError(

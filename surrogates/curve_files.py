@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pfn.tables import NothingYet, read_csv
-from surrogates.extrapolation import extrapolate
+from surrogates.extrapolation import Reader
 from surrogates.metrics import Bounds
 from surrogates.stopping import Criterion, judge
 
@@ -131,8 +131,9 @@ def extrapolate_command(
     seen = read_curve(path, metric)
     steps = np.arange(1.0, len(seen.values) + 1) if seen.steps is None else seen.steps
     criterion = Criterion(horizon, mode, bounds, confidence, min_delta, warmup=0, patience=1)
-    decision = judge(criterion, seen.values.tolist(), steps.tolist(), best)
-    curve = extrapolate(seen.values, horizon, steps.tolist(), mode, bounds)  # at every step
+    reader = Reader()
+    decision = judge(criterion, seen.values.tolist(), steps.tolist(), best, reader=reader)
+    curve = reader.extrapolate(seen.values, horizon, steps.tolist(), mode, bounds, best=best)
     if plot is not None:
         from pfn.plot import import_pyplot
         from surrogates.curve_plots import plot_curve

@@ -106,28 +106,23 @@ class MetricPredictive(Predictive):
         """Quantiles of y within its ends."""
         return self._y._solve(probability.clamp(1e-15, 1 - 1e-15)).clamp(*self._ends)
 
-    def _of_y(self, y: Tensor) -> Tensor:
-        """P(Y <= y) of the censored mixture."""
+    def _of_y(self, y: Tensor, *, strictly: bool = False) -> Tensor:
+        """P(Y <= y) of the censored mixture, or P(Y < y)."""
         low, high = self._ends
         inside = self._y._tail(y.clamp(low, high)).clamp(0, 1)
-        return torch.where(y < low, 0.0, torch.where(y >= high, 1.0, inside))
+        none, all_ = (y <= low, y > high) if strictly else (y < low, y >= high)
+        return torch.where(none, 0.0, torch.where(all_, 1.0, inside))
 
     def _log_q(self, value: Tensor) -> Tensor:
         """Between the ends, and at them that of the mixture; -inf beyond."""
         y = self.metric.place(value)
-        inner = self._y._log_q(y.clamp(*self._ends)) + self.metric.log_slope(y.clamp(*self._ends))
-        goodness = self.metric.sign * value
-        outside = (goodness < self.metric.bottom) | (goodness > self.metric.top) | ~value.isfinite()
-        return inner.masked_fill(outside, -math.inf)
+        inside = y.clamp(*self._ends)
+        log_q = self._y._log_q(inside) + self.metric.log_slope(inside)
+        return log_q.masked_fill((y < 0) | (y > 1) | ~value.isfinite(), -math.inf)
 
     def _tail(self, value: Tensor, side: float | Tensor = 1.0) -> Tensor:
-        y, (low, high) = self.metric.place(value), self._ends
-        if self.metric.sign > 0:  # P(V <= value) is P(Y <= y), none of which is below the bottom
-            below = torch.where(value < self.metric.bottom, 0.0, self._of_y(y))
-        else:  # it is P(Y >= y), none of which is above the top
-            under = self._y._tail(y.clamp(low, high)).clamp(0, 1)
-            below = 1 - torch.where(y <= low, 0.0, under)
-            below = torch.where(-value > self.metric.top, 0.0, below)
+        y = self.metric.place(value)  # V <= value is Y <= y, or Y >= y where lower is better
+        below = self._of_y(y) if self.metric.sign > 0 else 1 - self._of_y(y, strictly=True)
         side = torch.as_tensor(side, dtype=torch.float64)
         return torch.where(side > 0, below, 1 - below)
 

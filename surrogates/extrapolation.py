@@ -139,9 +139,7 @@ class Reader:
             most: steps that are asked for, the last one among them. There may then be any number
                 of remaining steps; of more than 10,000, evenly spaced ones stand for all.
         """
-        array = check_values(values)
-        seen = check_steps(steps, len(array), horizon)
-        metric = read_metric(array, mode, bounds, [run.values for run in self.siblings], best)
+        array, seen, metric = self._check(values, horizon, steps, mode, bounds, best)
         grid = torch.from_numpy(remaining_steps(seen, float(horizon), coarsen=most is not None))
         rest = grid if most is None else grid[spread(len(grid), most)]
         x, y = self._rows(metric, array, seen, horizon)
@@ -152,23 +150,17 @@ class Reader:
         told_of = torch.from_numpy(array), torch.from_numpy(seen)
         return Curve(marginals, noise_free, metric, rest, *told_of, float(horizon), grid)
 
-    def surprise(
-        self,
-        values: Any,
-        horizon: float,
-        steps: Sequence[float] | None = None,
-        mode: str = "max",
-        bounds: Bounds | None = None,
-    ) -> float:
+    def surprise(self, values: Any, horizon: float, *how: Any) -> float:
         """The p-value of a curve under the prior: small where it is none that the network knows.
 
         Fisher's combination of the two-sided tail probabilities of each value given those before
         it: minus twice the sum of their n logarithms is chi-squared with 2 n degrees of freedom, if
         the curve is a draw of the prior and the network its posterior.
+
+        Args:
+            values, horizon, how: as of `extrapolate`; `how` are steps, mode and bounds.
         """
-        array = check_values(values)
-        seen = check_steps(steps, len(array), horizon)
-        metric = read_metric(array, mode, bounds, [run.values for run in self.siblings])
+        array, seen, metric = self._check(values, horizon, *how)
         x, y = self._rows(metric, array, seen, horizon)
         own = len(thin(len(array), self._most))
         if not own:
@@ -185,6 +177,21 @@ class Reader:
         tails = (2 * torch.minimum(below, 1 - below)).clamp(1e-12, 1)
         count = torch.tensor(float(own), dtype=torch.float64)
         return float(torch.special.gammaincc(count, -tails.log().sum()))
+
+    def _check(
+        self,
+        values: Any,
+        horizon: float,
+        steps: Sequence[float] | None = None,
+        mode: str = "max",
+        bounds: Bounds | None = None,
+        best: float | None = None,
+    ) -> tuple[Array, Array, Metric]:
+        """Values and steps (n,) of a run, and the map of its metric."""
+        array = check_values(values)
+        seen = check_steps(steps, len(array), horizon)
+        siblings = [run.values for run in self.siblings]
+        return array, seen, read_metric(array, mode, bounds, siblings, best)
 
     @property
     def _most(self) -> int:

@@ -54,18 +54,21 @@ class Metric:
     def encode(self, values: Tensor) -> Tensor:
         """y in [0, 1] of observed values of any shape, in float64; 0 where they are not finite."""
         values = values.double()
-        return torch.where(values.isfinite(), self.place(values), 0.0)
+        return torch.where(values.isfinite(), self.place(values).clamp(0, 1), 0.0)
 
     def place(self, values: Tensor) -> Tensor:
-        """y in [0, 1] of values to ask about; those beyond a bound, or infinite, are at its end."""
-        g = (self.sign * values.double()).clamp(self.bottom, self.top)
+        """y of values to ask about: -1 and 2 are those below the bottom and above the top."""
+        goodness = self.sign * values.double()
+        g = goodness.clamp(self.bottom, self.top)
         if self.is_linear:
-            return (g - self.bottom) / (self.top - self.bottom)
-        if math.isfinite(self.top):
-            return self.scale / (self.scale + self.top - g)
-        if math.isfinite(self.bottom):
-            return 1 - self.scale / (self.scale + g - self.bottom)
-        return torch.sigmoid((g - self.sign * self.center) / self.scale)
+            y = (g - self.bottom) / (self.top - self.bottom)
+        elif math.isfinite(self.top):
+            y = self.scale / (self.scale + self.top - g)
+        elif math.isfinite(self.bottom):
+            y = 1 - self.scale / (self.scale + g - self.bottom)
+        else:
+            y = torch.sigmoid((g - self.sign * self.center) / self.scale)
+        return torch.where(goodness < self.bottom, -1.0, torch.where(goodness > self.top, 2.0, y))
 
     def decode(self, y: Tensor) -> Tensor:
         """Values at y in (0, 1)."""

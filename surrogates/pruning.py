@@ -89,9 +89,8 @@ class CurvePruner(BasePruner):
         ]
         maximize = study.direction == StudyDirection.MAXIMIZE
         criterion = Criterion(mode="max" if maximize else "min", **self._arguments)
-        reader = Reader(criterion.model)
-        if self.siblings:
-            reader = Reader(criterion.model, *find_siblings(trial, ended, criterion.horizon))
+        runs = find_siblings(trial, ended, criterion.horizon) if self.siblings else ([], None)
+        reader = Reader(criterion.model, *runs)
         best = (max if maximize else min)(finals, default=None)
         decision = self.decide(criterion, trial, best, reader)
         if not math.isnan(decision.probability):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pfn
-from pfn.causal import CausalTransformer, _find, _runs
+from pfn.causal import CausalTransformer, _find, find_runs
 from pfn.network import build
 from pfn.predictive import Predictive
 from pfn.pretrain import PretrainConfig, draw_lesson, loss, plan
@@ -70,7 +70,7 @@ def test_runs_of_a_sweep_are_told_apart() -> None:
     time = [0.1, 0.2, 0.3, 0.4, 0.1, 0.2, 0.5]
     own = [0.5, 0.5, 0.7, 0.7, 0.7, 0.5, 0.5]
     x = torch.tensor([time, own]).T[None]
-    assert _runs(x).tolist() == [[0, 0, 1, 1, 2, 3, 3]]
+    assert find_runs(x).tolist() == [[0, 0, 1, 1, 2, 3, 3]]
     asked = torch.tensor([[0.9, 0.5], [0.9, 0.7], [0.9, 0.1]])[None]
     for limit, found in ((7, [7, 5, 0]), (6, [6, 5, 0]), (4, [2, 4, 0]), (1, [1, 0, 0])):
         assert _find(x, asked, torch.full((1, 3), limit)).tolist() == [found]
@@ -78,12 +78,12 @@ def test_runs_of_a_sweep_are_told_apart() -> None:
 
 def test_what_a_prefix_says_is_said_of_its_last_run(of_sweeps: CausalTransformer) -> None:
     x, y = curve(24, batch=8, d=2)
-    runs = _runs(x)
+    runs = find_runs(x)
     state = of_sweeps._state(x[..., 0], y, runs)
     for i in range(8):
         begin = int((runs[i] == runs[i, -1]).nonzero()[0])
         own = x[i : i + 1, begin:], y[i : i + 1, begin:]
-        alone = of_sweeps._state(own[0][..., 0], own[1], _runs(own[0]))
+        alone = of_sweeps._state(own[0][..., 0], own[1], find_runs(own[0]))
         for whole, part in zip(state, alone, strict=True):
             torch.testing.assert_close(whole[i, -1], part[0, -1], atol=1e-5, rtol=1e-4)
 
@@ -150,7 +150,7 @@ def test_a_lesson_of_sweeps_shows_the_runs_before_and_a_beginning_of_its_own() -
     lesson = draw_lesson(LearningCurves(), network, config, sizes, 0, 0, torch.device("cpu"))
     assert lesson.buffer is not None and lesson.visible is not None
     x, _ = lesson.buffer
-    runs = _runs(x)
+    runs = find_runs(x)
     alone = 0.0
     for i in range(len(x)):
         row = (x[i] == lesson.x_query[i].unsqueeze(1)).all(-1).float().argmax(-1)

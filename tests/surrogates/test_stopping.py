@@ -153,7 +153,7 @@ def test_p_values_of_draws_of_the_prior_are_not_small() -> None:
         150, 30, 1, generator=torch.Generator().manual_seed(4)
     )
     p = [
-        Reader().surprise(y.clamp(0, 1), 1.0, x.tolist(), bounds=(0, 1))
+        Reader().surprise(y.clamp(0, 1), 1.0, x.tolist(), "max", (0, 1))
         for x, y in zip(tasks.x[..., 0], tasks.y, strict=True)
     ]
     assert sum(value < 0.01 for value in p) <= 12  # of 150, where 1.5 are expected of a posterior
