@@ -57,29 +57,27 @@ def data(tmp_path: Path) -> tuple[Path, Path]:
     return train, query
 
 
-def test_help_is_quick_and_leaves_torch_alone() -> None:
+def test_help_imports_nothing_slow() -> None:
     printed = run_python(
-        "import sys, time\n"
+        "import sys\n"
         "from pfn.cli import main\n"
         "sys.argv = ['pfn', '--help']\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print(time.process_time(), 'torch' in sys.modules)"
+        "print(sorted({'torch', 'numpy', 'rich', 'priors', 'surrogates'} & sys.modules.keys()))"
     )
-    seconds, has_torch = printed.splitlines()[-1].split()
     assert "pretrain" in printed
-    assert has_torch == "False"
-    assert float(seconds) < 0.5
+    assert printed.splitlines()[-1] == "[]"
 
 
-def test_importing_pfn_adds_little_to_importing_torch() -> None:
+def test_importing_pfn_adds_only_itself_to_torch() -> None:
     printed = run_python(
-        "import time, torch, safetensors.torch\n"
-        "began = time.process_time()\n"
+        "import sys, torch, safetensors.torch\n"
+        "before = set(sys.modules)\n"
         "import pfn; pfn.predict, pfn.load, pfn.PFN\n"
-        "print(time.process_time() - began)"
+        "print(sorted({name.split('.')[0] for name in sys.modules.keys() - before}))"
     )
-    assert float(printed) < 0.3
+    assert printed == "['numpy', 'pfn', 'priors']\n"
 
 
 def test_command_line_asks_for_passive_waiting_unless_told_otherwise() -> None:
