@@ -235,13 +235,22 @@ def fit_spread(pairs: Sequence[tuple[Beginning, Array]]) -> Array:
 # MCMC at the published settings
 
 
-def mcmc(prior: ParametricCurves, b: Beginning, seed: int = 0) -> Draws:
+def mcmc(
+    prior: ParametricCurves,
+    b: Beginning,
+    seed: int = 0,
+    *,
+    steps: int = STEPS,
+    from_optimum: bool = False,
+) -> Draws:
     """The posterior predictive under a published prior, by emcee's ensemble sampler.
 
-    Walkers begin at the best of many prior draws, as after the published optimisation.
+    Args:
+        from_optimum: whether walkers begin within 1e-6 of one optimum, as published, and not at
+            the best of many prior draws, which mixes better.
     """
-    steps = torch.from_numpy(b.time * prior.horizon)
-    seen, y = steps[: b.cut], torch.from_numpy(b.y[: b.cut])
+    times = torch.from_numpy(b.time * prior.horizon)
+    seen, y = times[: b.cut], torch.from_numpy(b.y[: b.cut])
 
     def log_prob(t: Tensor) -> Tensor:
         likelihood = _log_normal(y, prior.curve(seen, t), prior.sigma(t).unsqueeze(-1))
@@ -250,9 +259,12 @@ def mcmc(prior: ParametricCurves, b: Beginning, seed: int = 0) -> Draws:
     generator = torch.Generator().manual_seed(seed)
     draws = prior.draw(20 * WALKERS, generator=generator)
     start = draws[log_prob(draws).argsort(descending=True)[:WALKERS]]
-    kept = _walk(log_prob, start, seed)
+    if from_optimum:
+        best = _climb(log_prob, start[0], start.shape[1])
+        start = best + 1e-6 * torch.randn(start.shape, dtype=best.dtype, generator=generator)
+    kept = _walk(log_prob, start, seed, steps)
     return Draws(
-        prior.curve(steps[b.cut :], kept).numpy(), prior.sigma(kept).reshape(-1, 1).numpy()
+        prior.curve(times[b.cut :], kept).numpy(), prior.sigma(kept).reshape(-1, 1).numpy()
     )
 
 
@@ -323,7 +335,7 @@ def _log_normal(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (-0.5 * ((y - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def _walk(log_prob: Any, start: Tensor, seed: int) -> Tensor:
+def _walk(log_prob: Any, start: Tensor, seed: int, steps: int = STEPS) -> Tensor:
     """Points (draw, dim) of emcee's walkers after burn-in."""
     import emcee
 
@@ -333,5 +345,5 @@ def _walk(log_prob: Any, start: Tensor, seed: int) -> Tensor:
 
     sampler = emcee.EnsembleSampler(*start.shape, of_arrays, vectorize=True)
     sampler.random_state = np.random.RandomState(seed).get_state()
-    sampler.run_mcmc(start.numpy(), STEPS, skip_initial_state_check=True)
+    sampler.run_mcmc(start.numpy(), steps, skip_initial_state_check=True)
     return torch.from_numpy(sampler.get_chain(discard=BURN_IN, thin=KEPT, flat=True))

@@ -32,6 +32,7 @@ HEADINGS = {
     "curves-copula": "Constants of joint draws of a curve",
     "curves-speed": "A decision on a learning curve",
     "stopping": "Early stopping of sweeps",
+    "stopping-siblings": "Early stopping of runs beside those before",
     "stopping-tasks": "Early stopping, task by task",
     "bo": "Optimization with surrogates and samplers",
     "bo-problems": "Losses after 40 evaluations, by problem",

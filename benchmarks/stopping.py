@@ -2,6 +2,7 @@
 
     python benchmarks/stopping.py run --data FOLDER    all tasks; goes on where it was
     python benchmarks/stopping.py report
+    python benchmarks/stopping.py beside --data FOLDER    what the runs before a run add
 
 A task is a sweep, whose runs come in random order, as in Adriaensen et al. (NeurIPS 2023, section
 4.3): a run may be stopped after any step but the first, and is not resumed. Budgets are 20 complete
@@ -30,14 +31,16 @@ import pandas as pd
 import torch
 import typer
 from curve_baselines import Array, Beginning
+from curves import read_trainings
 
-from surrogates.extrapolation import Reader
+from surrogates.extrapolation import Reader, Sibling
 from surrogates.stopping import ASKED
 
 app = typer.Typer(add_completion=False, help=__doc__)
 RESULTS = Path(__file__).parent / "results" / "stopping.jsonl"
 FIGURE = Path(__file__).parent.parent / "docs" / "early-stopping.png"
 RUNS, ORDERS, DELTA = 20, 40, 0.05
+EVERY, FEW = 5, 5  # steps between decisions, and orders, of runs beside siblings
 WORTH = 0.001  # what a stopped run must have gained for its stop to have been wrong
 PATIENCE = (1, 2, 3, 5, 7, 10, 15, 20, 30)
 SHARES = (0.1, 0.2, 0.4, 0.8)  # of runs, at which baselines are fitted
@@ -92,15 +95,20 @@ def read_sweeps(folder: Path) -> Iterator[Sweep]:
 
 def levels_of_network(sweep: Sweep, model: str) -> list[Array]:
     """For each run and step: the least best-so-far that the rest beats with probability DELTA."""
-    levels, scale = [], sweep.scale
+    levels = []
     for values in sweep.raw:
         reader, of_run = Reader(model), np.full(len(values), np.inf)
         for seen in range(2, len(values)):
-            curve = reader.extrapolate(values[:seen], len(values), mode=sweep.mode, most=ASKED)
-            level = curve.quantile_best(1 - DELTA)
-            of_run[seen - 1] = level if sweep.kind == "accuracy" else scale / (scale + level)
+            of_run[seen - 1] = level_of_network(sweep, reader, values, seen)
         levels.append(of_run)
     return levels
+
+
+def level_of_network(sweep: Sweep, reader: Reader, values: Array, seen: int) -> float:
+    """In units of y, after the first values of a run."""
+    curve = reader.extrapolate(values[:seen], len(values), mode=sweep.mode, most=ASKED)
+    level = curve.quantile_best(1 - DELTA)
+    return level if sweep.kind == "accuracy" else sweep.scale / (sweep.scale + level)
 
 
 def levels_of_baseline(sweep: Sweep, predict: Callable[[Beginning], Any]) -> list[Array]:
@@ -127,6 +135,33 @@ def by_levels(
         hopeless[-1] = False
         rows = np.convolve(hopeless, np.ones(patience), "full")[: len(hopeless)] >= patience
         return int(rows.argmax()) + 1 if rows.any() else len(hopeless)
+
+    return steps
+
+
+def by_siblings(sweep: Sweep, model: str, places: list[Array] | None, order: int) -> Stopper:
+    """As `by_levels`, every few steps, with all runs before a run as its siblings, as they ended.
+
+    Args:
+        places: hyperparameters of all runs; None for no siblings.
+        order: of which the stopper is; it remembers its runs.
+    """
+    before: list[int] = []
+    used: dict[int, int] = {}
+
+    def steps(run: int, best: float) -> int:
+        values, beside, place = sweep.raw[run], [], None
+        if places is not None:
+            place = places[run]
+            beside = [Sibling(sweep.raw[i][: min(used[i], len(values))], places[i]) for i in before]
+        reader, used[run] = Reader(model, beside, place), len(values)
+        for seen in range(EVERY, len(values), EVERY):
+            led = max(best, float(sweep.y[run][:seen].max()))
+            if led >= level_of_network(sweep, reader, values, seen):
+                used[run] = seen
+                break
+        before.append(run)
+        return used[run]
 
     return steps
 
@@ -199,10 +234,12 @@ def simulate(sweep: Sweep, order: Sequence[int], stopper: Stopper, budget: int) 
     return Outcome(used, np.concatenate(trace), wrong)
 
 
-def study(sweep: Sweep, stoppers: dict[str, Callable[[int], Stopper]]) -> list[dict[str, Any]]:
-    """Rows of a task, one for each method."""
+def study(
+    sweep: Sweep, stoppers: dict[str, Callable[[int], Stopper]], count: int = ORDERS
+) -> list[dict[str, Any]]:
+    """Rows of a task over `count` orders, one for each method."""
     rng = np.random.default_rng(0)
-    orders = [rng.permutation(len(sweep.y)).tolist() for _ in range(ORDERS)]
+    orders = [rng.permutation(len(sweep.y)).tolist() for _ in range(count)]
     budgets = [sum(len(sweep.y[run]) for run in order[:RUNS]) for order in orders]
     top = max(float(y.max()) for y in sweep.y)
     complete = [
@@ -293,6 +330,37 @@ def run(
         print(sweep.name, sweep.kind, flush=True)
 
 
+@app.command()
+def beside(
+    data: Annotated[Path, typer.Option(help="folder of real curves")], model: str = "curves"
+) -> None:
+    """The small trainings, whose hyperparameters are known: each run alone, or beside those before.
+
+    Both decide every 5 steps.
+    """
+    torch.set_num_threads(1)
+    trainings = {(name, kind): runs for name, kind, runs in read_trainings(data)}
+    rows = []
+    for sweep in read_sweeps(data):
+        if (sweep.name, sweep.kind) not in trainings:
+            continue
+        places = [np.asarray(run.hyperparameters) for run in trainings[sweep.name, sweep.kind]]
+        rows += study(
+            sweep,
+            {
+                "alone": partial(by_siblings, sweep, model, None),
+                "beside": partial(by_siblings, sweep, model, places),
+            },
+            FEW,
+        )
+        print(rows[-2:], flush=True)
+    summary = []
+    for method in ("alone", "beside"):
+        some = [row for row in rows if row["method"] == method]
+        summary.append({"method": method, **_summarized(some)})
+    common.save("stopping-siblings", summary, runs=RUNS, orders=FEW, delta=DELTA, every=EVERY)
+
+
 def _same(stopper: Stopper, order: int) -> Stopper:
     return stopper
 
@@ -325,18 +393,7 @@ def report() -> None:
     }
     summary = []
     for method, some in by_method.items():
-        entry = {
-            "method": method,
-            "tasks": len(some),
-            "speed-up at equal regret": median(r["speed-up at equal regret"] for r in some),
-            "never reached": sum(r["speed-up at equal regret"] == 0 for r in some),
-            "speed-up, same runs": median(r["speed-up, same runs"] for r in some),
-        }
-        for kind in ("accuracy", "loss"):
-            lost = [r["lost, points"] for r in some if r["metric"] == kind]
-            entry[f"lost, points, {kind}"] = fmean(lost)
-            entry[f"worst, {kind}"] = max(lost)
-        entry["wrong stops"] = fmean(r["wrong stops"] for r in some)
+        entry = {"method": method, **_summarized(some)}
         entry["of patience that saves as much"] = fmean(
             at_equal_savings(patient[r["task"], r["metric"]], r["speed-up, same runs"])
             for r in some
@@ -346,6 +403,22 @@ def report() -> None:
     ours = [{k: v for k, v in row.items() if k != "method"} for row in by_method["pfn"]]
     common.save("stopping-tasks", ours)
     draw(by_method)
+
+
+def _summarized(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One method over tasks."""
+    entry = {
+        "tasks": len(rows),
+        "speed-up at equal regret": median(r["speed-up at equal regret"] for r in rows),
+        "never reached": sum(r["speed-up at equal regret"] == 0 for r in rows),
+        "speed-up, same runs": median(r["speed-up, same runs"] for r in rows),
+    }
+    for kind in ("accuracy", "loss"):
+        lost = [r["lost, points"] for r in rows if r["metric"] == kind]
+        entry[f"lost, points, {kind}"] = fmean(lost)
+        entry[f"worst, {kind}"] = max(lost)
+    entry["wrong stops"] = fmean(r["wrong stops"] for r in rows)
+    return entry
 
 
 def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

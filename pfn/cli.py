@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.05, 0.5, 0.95)
 SHOWN = 20  # rows of a printed table; --out and --json give all
+FALLING = ("loss", "err", "rmse", "mse", "mae", "perplexity")  # in names of metrics
 
 app = typer.Typer(
     help="Bayesian posteriors in one forward pass.",
@@ -308,12 +309,15 @@ def extrapolate(
     curve: Annotated[Path, typer.Argument(help="CSV file, or TensorBoard log.")],
     horizon: Annotated[float, typer.Option(help="Planned number of steps.")],
     metric: Annotated[str | None, typer.Option(help="Column or scalar; the only one else.")] = None,
+    step: Annotated[str | None, typer.Option(help="Column of steps.")] = None,
     mode: Annotated[str, typer.Option(help="max where higher is better, or min.")] = "max",
     low: Annotated[float | None, typer.Option(help="Lower bound of the metric.")] = None,
     high: Annotated[float | None, typer.Option(help="Upper bound of the metric.")] = None,
     best: Annotated[float | None, typer.Option(help="Value to beat, of earlier runs.")] = None,
     confidence: Annotated[float, typer.Option(help="Of a run that is stopped.")] = 0.95,
     min_delta: Annotated[float, typer.Option(help="What counts as beating.")] = 0.0,
+    warmup: Annotated[int, typer.Option(help="Values before any decision.")] = 5,
+    patience: Annotated[int, typer.Option(help="Values in a row that must speak for a stop.")] = 2,
     watch: Annotated[
         bool, typer.Option("--watch", help="Decide at each new value, until a stop or the end.")
     ] = False,
@@ -323,9 +327,10 @@ def extrapolate(
 ) -> None:
     """The rest of a learning curve, and whether it is worth waiting for.
 
-    A table has a column of values and maybe one of steps, named step, epoch, iteration or n.
-    Without bounds a metric within [0, 1] that is maximised is taken to be bounded by these, and one
-    that is minimised and never negative by 0.
+    A table has a header, a column of values and maybe one of steps, called step, epoch, iteration
+    or n; steps 0, 1, 2 ... are counted from 1, and empty cells are skipped. Without bounds a metric
+    within [0, 1] that is maximised is taken to be bounded by these, and one that is minimised and
+    never negative by 0.
     """
     _check_outputs(None, plot)
     files = importlib.import_module("surrogates.curve_files")
@@ -334,7 +339,7 @@ def extrapolate(
         if as_json:
             typer.echo(json.dumps(answer, indent=None if watch else 1))
             return
-        if not watch:
+        if answer["steps"] and not watch:
             rows = list(zip(*(answer[key] for key in ("steps", "q05", "q50", "q95")), strict=True))
             stride = max(1, math.ceil(len(rows) / SHOWN))
             shown = rows[::-1][::stride][::-1]  # the last one among them
@@ -342,18 +347,27 @@ def extrapolate(
                 ["step", "5 %", "median", "95 %"], [[f"{v:.6g}" for v in row] for row in shown]
             )
         typer.echo(("Stop. " if answer["stop"] else "Go on. ") + answer["reason"])
+        if mode == "max" and any(word in answer["metric"].lower() for word in FALLING):
+            typer.echo(f"{answer['metric']} was maximised; pass --mode min?", err=True)
 
+    criterion = files.Criterion(
+        horizon,
+        mode,
+        None if low is None and high is None else (low, high),
+        confidence,
+        min_delta,
+        warmup=warmup,
+        patience=patience,
+    )
     ask = functools.partial(
         files.extrapolate_command,
         curve,
-        horizon=horizon,
-        metric=metric,
-        mode=mode,
-        bounds=None if low is None and high is None else (low, high),
+        criterion,
         best=best,
-        confidence=confidence,
-        min_delta=min_delta,
+        metric=metric,
+        step=step,
         plot=plot,
+        growing=watch,
     )
     if watch:
         files.watch(ask, every=every, say=show)

@@ -16,10 +16,13 @@ class NothingYet(ValueError):
     """There is no file, or nothing in it, which whoever waits for one expects."""
 
 
-def read_csv(path: Path) -> Table:
+def read_csv(path: Path, *, growing: bool = False) -> Table:
     """The columns of a CSV file with a header, by name, as text.
 
     The separator is a comma, semicolon or tab, whichever the header has most of.
+
+    Args:
+        growing: whether the file is being written: a last line without its end is left out.
 
     Raises:
         ValueError: no such file, no rows, a repeated name, or a row of another length.
@@ -27,9 +30,12 @@ def read_csv(path: Path) -> Table:
     if not path.is_file():
         raise NothingYet(f"Expected a CSV file; there is no file {path}.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected {path} as text in UTF-8: {error}.") from error
+    if growing:
+        text = text[: text.rfind("\n") + 1]
+    lines = text.splitlines()
     separator = max(",;\t", key=(lines or [""])[0].count)
     reader = csv.reader(lines, delimiter=separator)
     header = [name.strip() for name in next(reader, [])]

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from pfn.tables import NothingYet, read_csv
 from surrogates.extrapolation import Reader
-from surrogates.metrics import Bounds
-from surrogates.stopping import Criterion, judge
+from surrogates.stopping import Criterion, judge_again
 
 STEPS = ("step", "epoch", "iteration", "n")  # names of a column of steps, in any case
 EVENTS = "events.out.tfevents"
@@ -28,19 +27,27 @@ class Observed(NamedTuple):
     values: NDArray[np.float64]
 
 
-def read_curve(path: Path, metric: str | None = None) -> Observed:
+def read_curve(
+    path: Path, metric: str | None = None, step: str | None = None, *, growing: bool = False
+) -> Observed:
     """A metric from a CSV file, or from a TensorBoard log (a file or its folder).
 
-    A table has a column of values, and maybe one of steps, named step, epoch, iteration or n; of
-    several columns of values `metric` says which. Rows without a step or a value are left out;
-    "nan" is a value, a divergence. Steps 0, 1, 2 ... are counted from 1; of wider spaced ones, a
-    step 0, from before the training, is left out.
+    A table has a header, a column of values, and maybe one of steps, which is called step, epoch,
+    iteration or n unless `step` names it; of several columns of values `metric` says which. Rows
+    without a step or a value are left out; "nan" is a value, a divergence; of a step reported
+    twice, the later row counts. Steps 0, 1, 2 ... are counted from 1; of wider spaced ones, a step
+    0, from before the training, is left out.
+
+    Args:
+        growing: whether the file is being written: a row without its end is none yet.
 
     Raises:
-        ValueError: no such file, metric or values.
+        ValueError: no such file, header, metric or values, or several columns of steps.
     """
-    is_log = path.is_dir() or EVENTS in path.name
-    name, raw, values = (_read_events if is_log else _read_table)(path, metric)
+    if path.is_dir() or EVENTS in path.name:
+        name, raw, values = _read_events(path, metric)
+    else:
+        name, raw, values = _read_table(path, metric, step, growing)
     if raw is None:
         return Observed(name, None, values)
     order = np.argsort(raw, kind="stable")
@@ -56,10 +63,22 @@ def read_curve(path: Path, metric: str | None = None) -> Observed:
 
 
 def _read_table(
-    path: Path, metric: str | None
+    path: Path, metric: str | None, step: str | None, growing: bool
 ) -> tuple[str, NDArray[np.float64] | None, NDArray[np.float64]]:
-    table = read_csv(path)
-    steps = next((name for name in table if name.lower() in STEPS), None)
+    table = read_csv(path, growing=growing)
+    if all(map(_is_number, table)):
+        raise ValueError(
+            f"Expected a header in the first line of {path}, such as epoch,accuracy; got the"
+            f" numbers {list(table)}."
+        )
+    known = [name for name in table if name.lower() in STEPS]
+    if step is None and len(known) > 1:
+        raise ValueError(f"Expected --step, one of the columns {known} of {path}.")
+    if step is not None and step not in table:
+        raise ValueError(
+            f"Expected --step among the columns {list(table)} of {path}; got {step!r}."
+        )
+    steps = step or next(iter(known), None)
     names = [name for name in table if name != steps]
     if metric is None and len(names) != 1:
         raise ValueError(f"Expected --metric, one of the columns {names} of {path}.")
@@ -77,6 +96,14 @@ def _read_table(
         return name, None, values
     where = _numbers(places, kept, steps, path)
     return name, where[np.isfinite(where)], values[np.isfinite(where)]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _numbers(cells: list[str], kept: list[int], name: str, path: Path) -> NDArray[np.float64]:
@@ -117,23 +144,27 @@ def _read_events(
 
 def extrapolate_command(
     path: Path,
+    criterion: Criterion,
     *,
-    horizon: float,
-    metric: str | None,
-    mode: str,
-    bounds: Bounds | None,
     best: float | None,
-    confidence: float,
-    min_delta: float,
-    plot: Path | None,
+    metric: str | None = None,
+    step: str | None = None,
+    plot: Path | None = None,
+    growing: bool = False,
 ) -> dict[str, Any]:
-    """What `pfn extrapolate` prints: predictions, and a decision."""
-    seen = read_curve(path, metric)
+    """What `pfn extrapolate` prints: predictions, and a decision.
+
+    Args:
+        metric, step, growing: as for `read_curve`.
+        best: value to beat.
+        plot: figure to write.
+    """
+    seen = read_curve(path, metric, step, growing=growing)
     steps = np.arange(1.0, len(seen.values) + 1) if seen.steps is None else seen.steps
-    criterion = Criterion(horizon, mode, bounds, confidence, min_delta, warmup=0, patience=1)
     reader = Reader()
-    decision = judge(criterion, seen.values.tolist(), steps.tolist(), best, reader=reader)
-    curve = reader.extrapolate(seen.values, horizon, steps.tolist(), mode, bounds, best=best)
+    decision = judge_again(criterion, seen.values.tolist(), steps.tolist(), best, reader)
+    how = (criterion.horizon, steps.tolist(), criterion.mode, criterion.bounds)
+    curve = reader.extrapolate(seen.values, *how, best=best)
     if plot is not None:
         from pfn.plot import import_pyplot
         from surrogates.curve_plots import plot_curve
@@ -150,7 +181,7 @@ def extrapolate_command(
     return {
         "metric": seen.name,
         "observed": len(seen.values),
-        "horizon": horizon,
+        "horizon": criterion.horizon,
         "best": best,
         "steps": curve.steps.tolist(),
         **{f"q{round(100 * level):02d}": row for level, row in zip(levels, rows, strict=True)},

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pfn.plot import BLUE, GREY, INK, import_pyplot, quiet
+from surrogates.curve_posterior import DIVERGED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from surrogates.curve_posterior import Curve
 
-WIDTH = 78  # characters of a line of the title
+WIDTH = 88  # characters of a line of the title
 
 
 def plot_curve(
@@ -34,10 +36,16 @@ def plot_curve(
     if len(curve.steps):
         levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
         bands = curve.icdf(levels.unsqueeze(-1)).numpy()  # (5, rest)
+        if not math.isfinite(curve.metric.bottom):  # what has diverged would hide the rest
+            worst = float(curve.metric.decode(torch.tensor(DIVERGED, dtype=torch.float64)))
+            bands = curve.metric.sign * np.maximum(
+                curve.metric.sign * bands, curve.metric.sign * worst
+            )
         steps = curve.steps.numpy()
         for low, high, opacity in ((bands[0], bands[4], 0.15), (bands[1], bands[3], 0.3)):
             ax.fill_between(steps, low, high, color=BLUE, alpha=opacity, lw=0)
-        ax.plot(steps, bands[2], color=BLUE, lw=1.8)
+        ax.plot(steps, bands[2], color=BLUE, lw=1.8, label="median, 50 % and 90 %")
+        ax.legend(frameon=False, fontsize="small")
     ax.plot(seen[finite], values[finite], color=INK, lw=1.2, marker="o", ms=2.5)
     if not finite.all():
         ends = ax.get_ylim()
@@ -54,6 +62,7 @@ def plot_curve(
     if reason:
         import textwrap
 
-        ax.set_title("\n".join(textwrap.wrap(reason, WIDTH)), fontsize="small", loc="left")
+        lines = textwrap.wrap(reason.replace(" %", "\u00a0%"), WIDTH)
+        ax.set_title("\n".join(lines), fontsize="small", loc="left")
     quiet(ax)
     return ax

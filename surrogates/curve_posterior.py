@@ -274,6 +274,8 @@ class Curve(MetricPredictive):
         """When the metric first is at least as good as `value`, among the curve's steps."""
         _check_value(value)
         sign, count = self.metric.sign, len(self.steps)
+        if not count:
+            raise ValueError("Expected steps that remain; the curve is at its horizon.")
         reached = sign * self.sample_paths(DRAWS) >= sign * value  # (draw, rest)
         first = reached.double().argmax(-1)[reached.any(-1)]
         share = torch.bincount(first, minlength=count).double() / DRAWS

@@ -259,6 +259,12 @@ def _check_sweep(
     own = check_values(hyperparameters)
     runs = []
     for sibling in siblings:
+        try:
+            sibling = Sibling(*sibling)
+        except TypeError:
+            raise ValueError(
+                f"Expected siblings (values, hyperparameters, steps); got {sibling!r}."
+            ) from None
         values, point = check_values(sibling.values), check_values(sibling.hyperparameters)
         if len(point) != len(own):
             raise ValueError(

@@ -208,9 +208,18 @@ def check_steps(
             raise ValueError(
                 f"Expected one step for each of {count} values; got {len(chosen)} steps."
             )
-        if not (np.isfinite(chosen).all() and (chosen > 0).all() and (np.diff(chosen) > 0).all()):
-            raise ValueError("Expected finite, positive and increasing steps.")
-    if horizon <= 0 or (len(chosen) and chosen[-1] > horizon):
-        last = chosen[-1] if len(chosen) else 0
-        raise ValueError(f"Expected a horizon of at least the last step, {last:g}; got {horizon}.")
+        before = np.append(0.0, chosen[:-1])
+        wrong = np.flatnonzero(~(np.isfinite(chosen) & (chosen > before)))
+        if len(wrong):
+            after = f" after {before[wrong[0]]:g}" if wrong[0] else ""
+            raise ValueError(
+                "Expected finite and increasing steps, counted from 1; got"
+                f" {chosen[wrong[0]]:g}{after}."
+            )
+    if horizon <= 0:
+        raise ValueError(f"Expected a positive horizon; got {horizon}.")
+    if len(chosen) and chosen[-1] > horizon:
+        raise ValueError(
+            f"Expected a horizon of at least the last step, {chosen[-1]:g}; got {horizon}."
+        )
     return chosen

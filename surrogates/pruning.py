@@ -15,7 +15,7 @@ from pfn import PFN
 from surrogates.extrapolation import MODEL, Reader, Sibling
 from surrogates.metrics import Bounds
 from surrogates.spaces import Space
-from surrogates.stopping import Criterion, Decision, is_hopeless, judge
+from surrogates.stopping import Criterion, Decision, judge_again
 
 # user attributes of a trial: median and 90 % interval at the horizon, and the verdict
 FINAL, INTERVAL = "curve:final", "curve:interval"
@@ -92,7 +92,7 @@ class CurvePruner(BasePruner):
         runs = find_siblings(trial, ended, criterion.horizon) if self.siblings else ([], None)
         reader = Reader(criterion.model, *runs)
         best = (max if maximize else min)(finals, default=None)
-        decision = self.decide(criterion, trial, best, reader)
+        decision = decide(criterion, trial, best, reader)
         if not math.isnan(decision.probability):
             final, *interval = decision.final
             for key, value in (
@@ -103,21 +103,15 @@ class CurvePruner(BasePruner):
                 study._storage.set_trial_user_attr(trial._trial_id, key, value)
         return decision.stop and len(finals) >= self.n_startup_trials
 
-    def decide(
-        self, criterion: Criterion, trial: FrozenTrial, best: float | None, reader: Reader
-    ) -> Decision:
-        """The decision on a trial's reports; earlier ones are judged anew for the patience."""
-        values, steps = read_reports(trial)
-        if steps[-1] >= criterion.horizon:  # its last report: nothing is left to save
-            return Decision(False, "The trial is complete.")
-        hopeless = 0
-        for back in range(criterion.patience - 1, 0, -1):
-            count = len(values) - back
-            if count < 1:
-                continue
-            earlier = judge(criterion, values[:count], steps[:count], best, reader=reader)
-            hopeless = hopeless + 1 if is_hopeless(earlier, criterion) else 0
-        return judge(criterion, values, steps, best, hopeless, reader)
+
+def decide(
+    criterion: Criterion, trial: FrozenTrial, best: float | None, reader: Reader
+) -> Decision:
+    """The decision on a trial's reports."""
+    values, steps = read_reports(trial)
+    if steps[-1] >= criterion.horizon:  # its last report: nothing is left to save
+        return Decision(False, "The trial is complete.")
+    return judge_again(criterion, values, steps, best, reader)
 
 
 def read_reports(trial: FrozenTrial) -> tuple[list[float], list[float]]:

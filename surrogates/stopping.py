@@ -32,7 +32,8 @@ class Decision:
 
     Attributes:
         stop: whether to end it now.
-        pause: whether to keep its state when it is stopped: it may be the next best thing to do.
+        pause: whether to keep its state when it is stopped: it may be the next best thing to do,
+            as a run that has diverged is not.
         probability: that the best of the rest beats the incumbent; NaN where the model was not
             asked.
         curve: the rest, as predicted, at no more than 32 steps; None likewise.
@@ -59,7 +60,13 @@ class Decision:
         if self.curve is None:
             return self.why
         middle, low, high = self.final
-        return f"{self.why}; expected at the end {middle:.4g} (90 %: {low:.4g} to {high:.4g})."
+        diverged = float(self.curve.prob_diverged()[-1])
+        if diverged >= 0.5:
+            return f"{self.why}; diverged at the end with probability {_percent(diverged)}."
+        ends = [f"{low:.4g}", f"{high:.4g}"]
+        if diverged >= 0.05:
+            ends[0 if self.curve.metric.sign > 0 else 1] = "divergence"
+        return f"{self.why}; expected at the end {middle:.4g} (90 %: {' to '.join(ends)})."
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ def judge(
     more = f" by more than {criterion.min_delta:g}," if criterion.min_delta else ""
     why = (
         f"{where}: the rest beats {whose}, {incumbent:.4g},{more} with probability"
-        f" {_percent(probability)}"
+        f" {_percent(probability, tolerated)}"
     )
     if probability >= tolerated:
         why += f", at least the {_percent(tolerated)} that are worth it"
@@ -237,7 +244,23 @@ def judge(
         if p < OUTSIDE:
             why += f", but the curve is unlike any that the model knows (p = {p:.1g})"
             return Decision(False, why, False, probability, curve)
-    return Decision(True, why, probability >= PAUSE * tolerated, probability, curve)
+    pause = probability >= PAUSE * tolerated and math.isfinite(values[-1])
+    return Decision(True, why, pause, probability, curve)
+
+
+def judge_again(
+    criterion: Criterion,
+    values: Sequence[float],
+    steps: Sequence[float],
+    best: float | None,
+    reader: Reader,
+) -> Decision:
+    """As `judge`, where nothing is known of earlier decisions: the last few are made anew."""
+    hopeless = 0
+    for count in range(max(1, len(values) + 1 - criterion.patience), len(values)):
+        earlier = judge(criterion, values[:count], steps[:count], best, reader=reader)
+        hopeless = hopeless + 1 if is_hopeless(earlier, criterion) else 0
+    return judge(criterion, values, steps, best, hopeless, reader)
 
 
 def is_hopeless(decision: Decision, criterion: Criterion) -> bool:
@@ -258,5 +281,14 @@ def find_incumbent(
     return incumbent, "the best so far" if incumbent in given else "its own best"
 
 
-def _percent(p: float) -> str:
-    return f"{100 * p:.2g} %" if p < 0.99 else f"{100 * p:.4g} %"
+def _percent(p: float, beside: float | None = None) -> str:
+    """A probability in words; with more digits where it would read as another one."""
+    if p < 1e-4:
+        return "below 0.01 %"
+    if p > 0.9999:
+        return "above 99.99 %"
+    for digits in range(2 if p < 0.99 else 4, 15):
+        text = f"{100 * p:.{digits}g} %"
+        if beside is None or p == beside or text != _percent(beside):
+            break
+    return text

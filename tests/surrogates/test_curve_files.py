@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from surrogates.curve_files import extrapolate_command, read_curve, watch
+from surrogates.stopping import Criterion, StopRule
 
 GOOD = 0.9 - 0.6 / np.sqrt(np.arange(1.0, 21))
 POOR = 0.5 - 0.3 * 0.6 ** np.arange(20)
@@ -138,25 +139,56 @@ def test_watching_a_growing_table_ends_at_the_stop(tmp_path) -> None:
     assert all(math.isfinite(q) for a in answers for q in a["q50"])
 
 
-def test_watching_waits_for_a_file_and_for_a_row_that_is_being_written(tmp_path) -> None:
+def test_watching_waits_for_a_file_and_for_what_is_being_written(tmp_path) -> None:
     path, looks, said = tmp_path / "slow.csv", iter(range(100)), []
+    contents = ["", "step,accu", "step,accuracy\n1,0.5\n2", "step,accuracy\n1,0.5\n2,0."]
 
     def ask() -> dict:
         look = next(looks)
-        if look == 1:
-            path.write_text("")
-        if look == 2:
-            path.write_text("step,accuracy\n1,0.5\n2")  # the second row is not complete
-        if look == 3:
+        if 1 <= look <= len(contents):
+            path.write_text(contents[look - 1])
+        elif look:
             write(path, POOR[:12])
-        return extrapolate_command(
-            path, horizon=40, metric=None, mode="max", bounds=None, best=0.9, confidence=0.95,
-            min_delta=0.0, plot=None,
-        )  # fmt: skip
+        return extrapolate_command(path, Criterion(40), best=0.9, growing=True)
 
     answer = watch(ask, every=0.0, say=said.append)
-    assert answer["stop"] and said == [answer] and next(looks) == 4
-    path.write_text("step,accuracy\n1,0.5\n2")
-    looks = iter(range(4, 100))
+    # of the row that was never whole nothing was seen
+    assert answer["stop"] and [a["observed"] for a in said] == [1, 12]
+    path.write_text("step,accuracy\n1,0.5\n2\n")
+    looks = iter(range(9, 100))
     with pytest.raises(ValueError, match="Expected 2 values as in the header"):
-        watch(ask, every=0.0, say=said.append)
+        watch(lambda: extrapolate_command(path, Criterion(40), best=0.9), every=0.0, say=print)
+
+
+def test_a_file_is_judged_as_an_update_after_each_row_would_be(tmp_path) -> None:
+    rule = StopRule(40, best=0.9)
+    for count in range(1, 13):
+        decision = rule.update(POOR[count - 1])
+        answer = extrapolate_command(
+            write(tmp_path / "c.csv", POOR[:count]), rule.criterion, best=0.9
+        )
+        assert answer["stop"] == decision.stop and answer["reason"] == decision.reason
+        if decision.stop:
+            break
+    assert 5 < count < 13
+
+
+def test_a_table_needs_a_header_and_one_column_of_steps(tmp_path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("0.31\n0.47\n")
+    with pytest.raises(ValueError, match="Expected a header"):
+        read_curve(path)
+    path.write_text("epoch,step,acc\n0,100,0.3\n1,200,0.4\n1,300,0.5\n")
+    with pytest.raises(ValueError, match="Expected --step, one of the columns"):
+        read_curve(path, "acc")
+    assert read_curve(path, "acc", "step").steps.tolist() == [100, 200, 300]
+    assert read_curve(path, "acc", "epoch").values.tolist() == [0.3, 0.5]
+    with pytest.raises(ValueError, match="Expected --step among"):
+        read_curve(path, "acc", "time")
+
+
+def test_a_loss_that_is_maximised_is_asked_about(tmp_path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("epoch,val_loss\n" + "".join(f"{i},{2 / i}\n" for i in range(1, 9)))
+    assert "--mode min?" in pfn(path, "--horizon", 40).stderr
+    assert pfn(path, "--horizon", 40, "--mode", "min").stderr == ""

@@ -48,6 +48,9 @@ def test_a_diverged_run_is_stopped() -> None:
     values = [2.3, 1.9, 1.5, 1.2, 1.1, 1.0, 0.95] + [math.nan] * 10
     rule = StopRule(EPOCHS, best=0.9, mode="min")
     assert run(rule, values) in range(8, 18)
+    decision = rule.decide()
+    assert decision.stop and not decision.pause
+    assert "diverged at the end with probability" in decision.reason
 
 
 def test_without_an_incumbent_a_run_is_stopped_when_nothing_is_left_to_gain() -> None:
@@ -195,13 +198,11 @@ def test_runs_of_any_length_are_judged() -> None:
 
 
 def test_probabilities_read_well_in_words() -> None:
-    assert [_percent(p) for p in (0.0123, 0.5, 0.999, 0.9999, 1.0)] == [
-        "1.2 %",
-        "50 %",
-        "99.9 %",
-        "99.99 %",
-        "100 %",
-    ]
+    words = ["below 0.01 %", "1.2 %", "50 %", "99.9 %", "99.99 %", "above 99.99 %"]
+    assert [_percent(p) for p in (3e-7, 0.0123, 0.5, 0.999, 0.9999, 1.0)] == words
+    assert [_percent(p, 0.05) for p in (0.0496, 0.04999, 0.05, 0.0502)] == [
+        "4.96 %", "4.999 %", "5 %", "5.02 %",
+    ]  # fmt: skip
 
 
 # Optuna
