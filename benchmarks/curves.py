@@ -21,6 +21,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
@@ -214,7 +215,10 @@ def _timed(spent: list[float], call: Callable[..., Any], *arguments: Any) -> Any
 def sweeps(
     data: Annotated[Path, DATA], model: str = MODEL, targets: int = 8, seed: int = 0
 ) -> None:
-    """Runs of the small trainings beside complete siblings, of which each table has ever more."""
+    """Runs of the small trainings beside complete siblings, of which each table has ever more.
+
+    With their hyperparameters permuted, siblings say what runs of the sweep do, but not where.
+    """
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     found: dict[tuple[Any, ...], list[dict[str, float]]] = defaultdict(list)
@@ -232,6 +236,16 @@ def sweeps(
                 ]
                 if seen or beside:
                     entry = score_run(Reader(model, beside, run.hyperparameters), run, kind, seen)
+                    if count > 1:  # what the siblings' places add to their curves
+                        places = [beside[j].hyperparameters for j in rng.permutation(count)]
+                        moved = [
+                            other._replace(hyperparameters=place)
+                            for other, place in zip(beside, places, strict=True)
+                        ]
+                        other = score_run(
+                            Reader(model, moved, run.hyperparameters), run, kind, seen
+                        )
+                        entry["final, places permuted"] = other["log p, final"]
                     found[kind, share, count].append(entry)
     rows = []
     for (kind, share, count), several in sorted(found.items()):
@@ -306,6 +320,7 @@ def prior(
     """Draws of the published prior: the network on all, MCMC on a few of them, paired.
 
     MCMC at the published settings that did best: 100 walkers, 4000 steps, 500 of them left out.
+    Walkers begin at one optimum, as published, or at the best of many draws of the prior.
     """
     torch.set_num_threads(1)
     law, network = LearningCurves.lcpfn(), Network(model)
@@ -327,17 +342,18 @@ def prior(
             ours.append(answer.log_prob(rest[some]).mean(-1))
             batched += time.process_time() - began
         log_p = torch.cat(ours).numpy()
-        theirs = []
-        for i in range(few):
+        theirs = np.empty((2, few))
+        for i, begun in itertools.product(range(few), (0, 1)):
             b = Beginning(x.numpy(), y[i].numpy(), cut)
             _timed(one, network, b)
-            draws = _timed(slow, baselines.mcmc, law, b, i, MOST_STEPS)
+            ask = partial(baselines.mcmc, steps=MOST_STEPS, from_optimum=begun == 0)
+            draws = _timed(slow, ask, law, b, i)
             normal = torch.distributions.Normal(
                 torch.from_numpy(draws.mean), torch.from_numpy(draws.std)
             )
             each = normal.log_prob(rest[i]).logsumexp(0) - math.log(len(draws.mean))
-            theirs.append(float(each.mean()))
-        difference = log_p[:few] - np.array(theirs)
+            theirs[begun, i] = float(each.mean())
+        ahead = log_p[:few] - theirs
         rows.append(
             {
                 "cut": share,
@@ -346,9 +362,12 @@ def prior(
                 "standard error": float(log_p.std() / math.sqrt(curves)),
                 "paired": few,
                 "network, paired": float(log_p[:few].mean()),
-                "MCMC": fmean(theirs),
-                "difference": float(difference.mean()),
-                "its standard error": float(difference.std(ddof=1) / math.sqrt(few)),
+                "MCMC": float(theirs[0].mean()),
+                "ahead of it": float(ahead[0].mean()),
+                "its standard error": float(ahead[0].std(ddof=1) / math.sqrt(few)),
+                "MCMC from draws": float(theirs[1].mean()),
+                "ahead of that": float(ahead[1].mean()),
+                "that standard error": float(ahead[1].std(ddof=1) / math.sqrt(few)),
                 "published MCMC": published[share][0],
                 "published LC-PFN": published[share][1],
                 "network, s": median(one),
