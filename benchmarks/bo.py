@@ -95,8 +95,7 @@ def report(runs: Runs = RUNS) -> None:
     """Ranks, regrets and times of all runs; seconds are means from the sixth evaluation on.
 
     A method that has not finished its problems with two seeds is listed without a rank. Those that
-    have run all of them with `SEEDS` are compared on these, and those that have run others than
-    `CHOSEN_ON` on these.
+    have run others than `CHOSEN_ON` are compared on these.
     """
     losses, seconds = {}, {}
     for r in read(runs):
@@ -112,14 +111,11 @@ def report(runs: Runs = RUNS) -> None:
     fresh = {key: values for key, values in losses.items() if key[2] not in CHOSEN_ON}
     tried = [m for m in methods if m not in EXPENSIVE and has_run(m, fresh)]
     unseen = [summary(m, tried, fresh) for m in tried]
-    often = [m for m in methods if m not in EXPENSIVE and has_run(m, losses, SEEDS)]
-    more = [summary(m, often, losses) for m in often]
     networks = [m for m in ("sghmc-bnn", "ensemble", "laplace-bnn") if m in seconds]
     pairs = [wins("hmc-bnn", other, losses) for other in networks]
-    tables = {"five seeds": more, "seeds that chose nothing": unseen, "networks in pairs": pairs}
-    common.save("bo", rows, **tables)
+    common.save("bo", rows, **{"seeds that chose nothing": unseen, "networks in pairs": pairs})
     common.save("bo-problems", by_problem(methods, losses))
-    draw(often, losses)
+    draw([m for m in methods if m not in EXPENSIVE], losses)
 
 
 def wins(
@@ -137,12 +133,10 @@ def wins(
     return row
 
 
-def has_run(
-    method: str, losses: dict[tuple[str, str, int], NDArray[np.float64]], seeds: int = 2
-) -> bool:
-    """Whether a method has run its problems with so many seeds; a rank takes two."""
+def has_run(method: str, losses: dict[tuple[str, str, int], NDArray[np.float64]]) -> bool:
+    """Whether a method has run its problems with two seeds, as a rank takes."""
     names = FOR_EXPENSIVE if method in EXPENSIVE else PROBLEMS
-    return all(len(complete([method], name, losses)) >= seeds for name in names)
+    return all(len(complete([method], name, losses)) >= 2 for name in names)
 
 
 def read(runs: Path) -> list[dict[str, Any]]:
@@ -227,8 +221,9 @@ def summary(
                 ranks.append(rank)
                 regrets.append(regret)
             if ranks:
-                error = np.std(ranks, ddof=1) / np.sqrt(len(ranks)) if len(ranks) > 1 else np.nan
-                row[f"{group}rank at {after}"] = f"{np.mean(ranks):.2f} ± {error:.2f}"
+                error = np.std(ranks, ddof=1) / np.sqrt(len(ranks)) if len(ranks) > 1 else None
+                spread = "" if error is None else f" ± {error:.2f}"
+                row[f"{group}rank at {after}"] = f"{np.mean(ranks):.2f}{spread}"
                 row[f"{group}regret at {after}"] = float(np.mean(regrets))
     return row
 
