@@ -246,6 +246,7 @@ def mcmc(
     """The posterior predictive under a published prior, by emcee's ensemble sampler.
 
     Args:
+        steps: of each walker.
         from_optimum: whether walkers begin within 1e-6 of one optimum, as published, and not at
             the best of many prior draws, which mixes better.
     """

@@ -236,8 +236,9 @@ def sweeps(
                 ]
                 if seen or beside:
                     entry = score_run(Reader(model, beside, run.hyperparameters), run, kind, seen)
-                    if count > 1:  # what the siblings' places add to their curves
-                        places = [beside[j].hyperparameters for j in rng.permutation(count)]
+                    if len(beside) > 1:  # what the siblings' places add to their curves
+                        order = rng.permutation(len(beside))
+                        places = [beside[j].hyperparameters for j in order]
                         moved = [
                             other._replace(hyperparameters=place)
                             for other, place in zip(beside, places, strict=True)
@@ -363,11 +364,11 @@ def prior(
                 "paired": few,
                 "network, paired": float(log_p[:few].mean()),
                 "MCMC": float(theirs[0].mean()),
-                "ahead of it": float(ahead[0].mean()),
-                "its standard error": float(ahead[0].std(ddof=1) / math.sqrt(few)),
+                "ahead of MCMC": float(ahead[0].mean()),
+                "standard error of it": float(ahead[0].std(ddof=1) / math.sqrt(few)),
                 "MCMC from draws": float(theirs[1].mean()),
-                "ahead of that": float(ahead[1].mean()),
-                "that standard error": float(ahead[1].std(ddof=1) / math.sqrt(few)),
+                "ahead of MCMC from draws": float(ahead[1].mean()),
+                "standard error of that": float(ahead[1].std(ddof=1) / math.sqrt(few)),
                 "published MCMC": published[share][0],
                 "published LC-PFN": published[share][1],
                 "network, s": median(one),

@@ -40,6 +40,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 RESULTS = Path(__file__).parent / "results" / "stopping.jsonl"
 FIGURE = Path(__file__).parent.parent / "docs" / "early-stopping.png"
 RUNS, ORDERS, DELTA = 20, 40, 0.05
+SHORTEST = 10  # run that is looked at
 EVERY, FEW = 5, 5  # steps between decisions, and orders, of runs beside siblings
 WORTH = 0.001  # what a stopped run must have gained for its stop to have been wrong
 PATIENCE = (1, 2, 3, 5, 7, 10, 15, 20, 30)
@@ -80,7 +81,7 @@ def read_sweeps(folder: Path) -> Iterator[Sweep]:
         for (name, metric), runs in table.groupby(["dataset", "metric"]):
             kind = "accuracy" if "acc" in metric else "loss"
             raw = [run.sort_values(step).value.to_numpy(float) for _, run in runs.groupby("run")]
-            raw = [values for values in raw if len(values) >= 10]
+            raw = [values for values in raw if len(values) >= SHORTEST]
             if kind == "accuracy":
                 yield Sweep(str(name), kind, raw, raw)
                 continue
@@ -139,12 +140,11 @@ def by_levels(
     return steps
 
 
-def by_siblings(sweep: Sweep, model: str, places: list[Array] | None, order: int) -> Stopper:
+def by_siblings(sweep: Sweep, model: str, places: list[Array] | None) -> Stopper:
     """As `by_levels`, every few steps, with all runs before a run as its siblings, as they ended.
 
     Args:
         places: hyperparameters of all runs; None for no siblings.
-        order: of which the stopper is; it remembers its runs.
     """
     before: list[int] = []
     used: dict[int, int] = {}
@@ -344,12 +344,13 @@ def beside(
     for sweep in read_sweeps(data):
         if (sweep.name, sweep.kind) not in trainings:
             continue
-        places = [np.asarray(run.hyperparameters) for run in trainings[sweep.name, sweep.kind]]
+        runs = trainings[sweep.name, sweep.kind]
+        places = [np.asarray(run.hyperparameters) for run in runs if len(run.values) >= SHORTEST]
         rows += study(
             sweep,
             {
-                "alone": partial(by_siblings, sweep, model, None),
-                "beside": partial(by_siblings, sweep, model, places),
+                "alone": partial(_anew, partial(by_siblings, sweep, model, None)),
+                "beside": partial(_anew, partial(by_siblings, sweep, model, places)),
             },
             FEW,
         )
@@ -363,6 +364,10 @@ def beside(
 
 def _same(stopper: Stopper, order: int) -> Stopper:
     return stopper
+
+
+def _anew(make: Callable[[], Stopper], order: int) -> Stopper:
+    return make()
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

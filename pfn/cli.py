@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve others
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.05, 0.5, 0.95)
 SHOWN = 20  # rows of a printed table; --out and --json give all
-FALLING = ("loss", "err", "rmse", "mse", "mae", "perplexity")  # in names of metrics
+FALLING = {"loss", "logloss", "err", "error", "rmse", "mse", "mae", "nll", "perplexity"}
 
 app = typer.Typer(
     help="Bayesian posteriors in one forward pass.",
@@ -316,7 +317,7 @@ def extrapolate(
     best: Annotated[float | None, typer.Option(help="Value to beat, of earlier runs.")] = None,
     confidence: Annotated[float, typer.Option(help="Of a run that is stopped.")] = 0.95,
     min_delta: Annotated[float, typer.Option(help="What counts as beating.")] = 0.0,
-    warmup: Annotated[int, typer.Option(help="Values before any decision.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Values before the model is asked.")] = 5,
     patience: Annotated[int, typer.Option(help="Values in a row that must speak for a stop.")] = 2,
     watch: Annotated[
         bool, typer.Option("--watch", help="Decide at each new value, until a stop or the end.")
@@ -334,8 +335,15 @@ def extrapolate(
     """
     _check_outputs(None, plot)
     files = importlib.import_module("surrogates.curve_files")
+    stopping = importlib.import_module("surrogates.stopping")
+    told = set()
 
     def show(answer: dict[str, Any]) -> None:
+        name = answer["metric"]
+        words = set(re.split(r"[\W_]+", name.lower()))
+        if mode == "max" and words & FALLING and "neg" not in words and name not in told:
+            told.add(name)
+            typer.echo(f"Taking {name} to be maximised; else pass --mode min.", err=True)
         if as_json:
             typer.echo(json.dumps(answer, indent=None if watch else 1))
             return
@@ -347,10 +355,8 @@ def extrapolate(
                 ["step", "5 %", "median", "95 %"], [[f"{v:.6g}" for v in row] for row in shown]
             )
         typer.echo(("Stop. " if answer["stop"] else "Go on. ") + answer["reason"])
-        if mode == "max" and any(word in answer["metric"].lower() for word in FALLING):
-            typer.echo(f"{answer['metric']} was maximised; pass --mode min?", err=True)
 
-    criterion = files.Criterion(
+    criterion = stopping.Criterion(
         horizon,
         mode,
         None if low is None and high is None else (low, high),

@@ -408,23 +408,21 @@ class Predictive(Distribution):
     @torch.no_grad()
     def _solve(self, p: Tensor) -> Tensor:
         """Quantiles at p in (0, 1), by safeguarded Newton steps on the log of the nearer tail."""
-        shape = torch.broadcast_shapes(p.shape, self._m.shape[:-1])
-        parts = (self._log_w, self._m, self._s)
-        log_w, m, s = (v.expand(*shape, -1).reshape(-1, v.shape[-1]) for v in parts)
-        p = p.expand(shape).flatten()
-        solved, where = torch.empty_like(p, dtype=m.dtype), torch.arange(len(p), device=p.device)
+        quantiles = self._m + self._s * torch.special.ndtri(p).unsqueeze(-1)
+        lower, upper = quantiles.amin(-1), quantiles.amax(-1)
+        y = (self._log_w.exp() * quantiles).sum(-1).clamp(lower, upper)
+        return self._refine(p.expand_as(y), y, lower, upper, upper - lower)
+
+    def _refine(self, p: Tensor, y: Tensor, lower: Tensor, upper: Tensor, move: Tensor) -> Tensor:
+        """Quantiles, from guesses y between bounds and the last moves of y, all of p's shape."""
         side = torch.where(p <= 0.5, 1.0, -1.0)
         target = torch.where(p <= 0.5, p, 1 - p)
-        quantiles = m + s * torch.special.ndtri(p).unsqueeze(-1)
-        lower, upper = quantiles.amin(-1), quantiles.amax(-1)
-        y = (log_w.exp() * quantiles).sum(-1).clamp(lower, upper)
-        move, done = upper - lower, torch.zeros_like(y, dtype=torch.bool)
-        mixture = Predictive(log_w, m, s, validate_args=False)
+        done = torch.zeros_like(y, dtype=torch.bool)
         for _ in range(200):
-            tail = mixture._tail(y, side)
+            tail = self._tail(y, side)
             error = side * (tail / target).log()  # increases with y
             lower, upper = torch.where(error < 0, y, lower), torch.where(error < 0, upper, y)
-            newton = y - error * tail / mixture._log_q(y).exp()
+            newton = y - error * tail / self._log_q(y).exp()
             trusted = (newton > lower) & (newton < upper) & ((newton - y).abs() < move / 2)
             # From 1e-12 one Newton step reaches float width; more would only follow rounding.
             settled = error.abs() < 1e-12
@@ -433,19 +431,20 @@ class Predictive(Distribution):
             move = (new - y).abs()
             y = torch.where(done, y, new)
             done |= settled | (move <= EPS * new.abs())
-            left = int((~done).sum())
-            if left == 0:
+            left = ~done
+            if 2 * int(left.sum()) < done.numel():  # these go on alone
+                if left.any():
+                    rest = (v[left] for v in (p, y, lower, upper, move))
+                    y[left] = self._at(left)._refine(*rest)
                 break
-            if left < len(done) / 2:  # the others go on alone
-                solved[where] = y
-                where, side, target, lower, upper, move, y = (
-                    v[~done] for v in (where, side, target, lower, upper, move, y)
-                )
-                parts = (mixture._log_w, mixture._m, mixture._s)
-                mixture = Predictive(*(v[~done] for v in parts), validate_args=False)
-                done = done[~done]
-        solved[where] = y
-        return solved.reshape(shape)
+        return y
+
+    def _at(self, chosen: Tensor) -> Predictive:
+        """The mixtures (k,) where a mask of a shape that the batch broadcasts to is true."""
+        parts = (self._log_w, self._m, self._s)
+        return Predictive(
+            *(part.expand(*chosen.shape, -1)[chosen] for part in parts), validate_args=False
+        )
 
     def _log_improvement(self, best: float | Tensor, maximize: bool) -> Tensor:
         sign = 1.0 if maximize else -1.0

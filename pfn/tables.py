@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Table = dict[str, list[str]]
+RESTED = 5.0  # seconds after which nobody is writing a line
 
 
 class NothingYet(ValueError):
@@ -22,7 +24,8 @@ def read_csv(path: Path, *, growing: bool = False) -> Table:
     The separator is a comma, semicolon or tab, whichever the header has most of.
 
     Args:
-        growing: whether the file is being written: a last line without its end is left out.
+        growing: whether the file is being written: a last line without its end is left out until
+            the file has rested for some seconds.
 
     Raises:
         ValueError: no such file, no rows, a repeated name, or a row of another length.
@@ -33,7 +36,7 @@ def read_csv(path: Path, *, growing: bool = False) -> Table:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected {path} as text in UTF-8: {error}.") from error
-    if growing:
+    if growing and time.time() - path.stat().st_mtime < RESTED:
         text = text[: text.rfind("\n") + 1]
     lines = text.splitlines()
     separator = max(",;\t", key=(lines or [""])[0].count)

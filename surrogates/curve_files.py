@@ -39,12 +39,14 @@ def read_curve(
     0, from before the training, is left out.
 
     Args:
-        growing: whether the file is being written: a row without its end is none yet.
+        growing: whether the file is being written, as for `read_csv`.
 
     Raises:
         ValueError: no such file, header, metric or values, or several columns of steps.
     """
     if path.is_dir() or EVENTS in path.name:
+        if step is not None:
+            raise ValueError(f"Expected --step for a table only; {path} is a TensorBoard log.")
         name, raw, values = _read_events(path, metric)
     else:
         name, raw, values = _read_table(path, metric, step, growing)
@@ -78,7 +80,7 @@ def _read_table(
         raise ValueError(
             f"Expected --step among the columns {list(table)} of {path}; got {step!r}."
         )
-    steps = step or next(iter(known), None)
+    steps = next(iter(known), None) if step is None else step
     names = [name for name in table if name != steps]
     if metric is None and len(names) != 1:
         raise ValueError(f"Expected --metric, one of the columns {names} of {path}.")
@@ -161,7 +163,7 @@ def extrapolate_command(
     """
     seen = read_curve(path, metric, step, growing=growing)
     steps = np.arange(1.0, len(seen.values) + 1) if seen.steps is None else seen.steps
-    reader = Reader()
+    reader = Reader(criterion.model)
     decision = judge_again(criterion, seen.values.tolist(), steps.tolist(), best, reader)
     how = (criterion.horizon, steps.tolist(), criterion.mode, criterion.bounds)
     curve = reader.extrapolate(seen.values, *how, best=best)
@@ -198,8 +200,7 @@ def watch(
     """Asks again whenever there is a new value, until the decision is to stop.
 
     Raises:
-        ValueError: what is wrong with the file, unless a moment later it no longer is: a row may be
-            read while it is written.
+        ValueError: what is wrong with the file, unless a moment later it no longer is.
     """
     seen, wrong = -1, ""
     while True:

@@ -36,11 +36,11 @@ def plot_curve(
     if len(curve.steps):
         levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
         bands = curve.icdf(levels.unsqueeze(-1)).numpy()  # (5, rest)
-        if not math.isfinite(curve.metric.bottom):  # what has diverged would hide the rest
-            worst = float(curve.metric.decode(torch.tensor(DIVERGED, dtype=torch.float64)))
-            bands = curve.metric.sign * np.maximum(
-                curve.metric.sign * bands, curve.metric.sign * worst
-            )
+        metric = curve.metric
+        if math.isfinite(metric.top) > math.isfinite(metric.bottom):
+            # a loss that has diverged would hide the rest
+            worst = float(metric.decode(torch.tensor(DIVERGED, dtype=torch.float64)))
+            bands = metric.sign * np.maximum(metric.sign * bands, metric.sign * worst)
         steps = curve.steps.numpy()
         for low, high, opacity in ((bands[0], bands[4], 0.15), (bands[1], bands[3], 0.3)):
             ax.fill_between(steps, low, high, color=BLUE, alpha=opacity, lw=0)

@@ -271,7 +271,11 @@ class Curve(MetricPredictive):
         return float(self[-1].probability_of_improvement(value, maximize=self.metric.sign > 0))
 
     def time_to(self, value: float) -> TimeTo:
-        """When the metric first is at least as good as `value`, among the curve's steps."""
+        """When the metric first is at least as good as `value`, among the curve's steps.
+
+        Raises:
+            ValueError: NaN, or no steps that remain.
+        """
         _check_value(value)
         sign, count = self.metric.sign, len(self.steps)
         if not count:

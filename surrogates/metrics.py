@@ -213,8 +213,8 @@ def check_steps(
         if len(wrong):
             after = f" after {before[wrong[0]]:g}" if wrong[0] else ""
             raise ValueError(
-                "Expected finite and increasing steps, counted from 1; got"
-                f" {chosen[wrong[0]]:g}{after}."
+                "Expected finite, positive and increasing steps, the first of them 1, say, not 0;"
+                f" got {chosen[wrong[0]]:g}{after}."
             )
     if horizon <= 0:
         raise ValueError(f"Expected a positive horizon; got {horizon}.")

@@ -92,7 +92,7 @@ class CurvePruner(BasePruner):
         runs = find_siblings(trial, ended, criterion.horizon) if self.siblings else ([], None)
         reader = Reader(criterion.model, *runs)
         best = (max if maximize else min)(finals, default=None)
-        decision = decide(criterion, trial, best, reader)
+        decision = decide_trial(criterion, trial, best, reader)
         if not math.isnan(decision.probability):
             final, *interval = decision.final
             for key, value in (
@@ -104,7 +104,7 @@ class CurvePruner(BasePruner):
         return decision.stop and len(finals) >= self.n_startup_trials
 
 
-def decide(
+def decide_trial(
     criterion: Criterion, trial: FrozenTrial, best: float | None, reader: Reader
 ) -> Decision:
     """The decision on a trial's reports."""

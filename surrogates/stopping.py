@@ -60,12 +60,13 @@ class Decision:
         if self.curve is None:
             return self.why
         middle, low, high = self.final
-        diverged = float(self.curve.prob_diverged()[-1])
+        metric = self.curve.metric
+        diverged = float(self.curve.prob_diverged()[-1]) if math.isfinite(metric.top) else 0.0
         if diverged >= 0.5:
             return f"{self.why}; diverged at the end with probability {_percent(diverged)}."
         ends = [f"{low:.4g}", f"{high:.4g}"]
         if diverged >= 0.05:
-            ends[0 if self.curve.metric.sign > 0 else 1] = "divergence"
+            ends[0 if metric.sign > 0 else 1] = "divergence"
         return f"{self.why}; expected at the end {middle:.4g} (90 %: {' to '.join(ends)})."
 
 
@@ -227,15 +228,16 @@ def judge(
     curve = reader.extrapolate(array, *how, best=incumbent, most=ASKED)
     probability = curve.prob_best(incumbent, min_delta=criterion.min_delta)
     tolerated = 1 - criterion.confidence
+    limit = f"{100 * tolerated:.4g} %"
     more = f" by more than {criterion.min_delta:g}," if criterion.min_delta else ""
     why = (
         f"{where}: the rest beats {whose}, {incumbent:.4g},{more} with probability"
-        f" {_percent(probability, tolerated)}"
+        f" {_percent(probability, limit)}"
     )
     if probability >= tolerated:
-        why += f", at least the {_percent(tolerated)} that are worth it"
+        why += f", at least the {limit} that are worth it"
         return Decision(False, why, False, probability, curve)
-    why += f", less than {_percent(tolerated)}"
+    why += f", less than {limit}"
     if hopeless + 1 < criterion.patience:
         why += f", for {hopeless + 1} of {criterion.patience} updates"
         return Decision(False, why, False, probability, curve)
@@ -281,14 +283,11 @@ def find_incumbent(
     return incumbent, "the best so far" if incumbent in given else "its own best"
 
 
-def _percent(p: float, beside: float | None = None) -> str:
-    """A probability in words; with more digits where it would read as another one."""
+def _percent(p: float, limit: str = "") -> str:
+    """A probability in words, with more digits where it would read as the limit."""
     if p < 1e-4:
         return "below 0.01 %"
     if p > 0.9999:
         return "above 99.99 %"
-    for digits in range(2 if p < 0.99 else 4, 15):
-        text = f"{100 * p:.{digits}g} %"
-        if beside is None or p == beside or text != _percent(beside):
-            break
-    return text
+    texts = (f"{100 * p:.{digits}g} %" for digits in range(2 if p < 0.99 else 4, 16))
+    return next((text for text in texts if text != limit), limit)

@@ -157,6 +157,17 @@ def test_quantiles_invert_the_cdf_in_bulk_and_tails() -> None:
     assert ((q.probability_of_improvement(q.icdf(upper)) / (1 - upper) - 1).abs() < 1e-10).all()
 
 
+def test_quantiles_of_a_batch_are_those_of_its_mixtures() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits, means = torch.randn(2, 40, 6, dtype=torch.float64, generator=generator)
+    stds = torch.rand(40, 6, dtype=torch.float64, generator=generator) ** 8 + 1e-6
+    p = torch.rand(30, 1, dtype=torch.float64, generator=generator)
+    together = Predictive(logits, means, stds).icdf(p)  # some of these take many steps, most few
+    for i in range(40):
+        alone = Predictive(logits[i], means[i], stds[i]).icdf(p.squeeze(-1))
+        assert_close(together[:, i], alone, rtol=1e-12, atol=1e-12)
+
+
 def test_the_cdf_inverts_quantiles() -> None:
     q, y = predictive(), torch.linspace(-1.5, 2.5, 41, dtype=torch.float64).unsqueeze(-1)
     density = q.log_prob(y).exp()

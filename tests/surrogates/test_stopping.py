@@ -15,7 +15,7 @@ from priors import LearningCurves
 from surrogates import CurvePruner, StopRule, extrapolate
 from surrogates.extrapolation import Reader
 from surrogates.pruning import find_siblings
-from surrogates.stopping import Criterion, _percent, judge
+from surrogates.stopping import Criterion, _percent, judge, judge_again
 
 EPOCHS = 40
 GOOD = 0.95 - 0.5 / np.sqrt(np.arange(1.0, EPOCHS + 1))  # still rising: 0.87 at the end
@@ -73,6 +73,20 @@ def test_nothing_is_stopped_in_the_warm_up_nor_before_the_least_step() -> None:
 def test_as_many_updates_in_a_row_as_patience_says_must_speak_for_it() -> None:
     first = {p: run(StopRule(EPOCHS, 0.99, patience=p), POOR) for p in (1, 2, 5)}
     assert first[2] == first[1] + 1 and first[5] == first[1] + 4
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_a_decision_made_anew_is_that_of_updates(patience: int) -> None:
+    values = [*POOR[:7], 0.8, *POOR[8:20]]  # hopeless, hopeful, and hopeless again
+    rule = StopRule(EPOCHS, 0.99, warmup=3, patience=patience)
+    steps = [float(step) for step in range(1, len(values) + 1)]
+    stops = []
+    for count, value in enumerate(values, 1):
+        decision = rule.update(value)
+        again = judge_again(rule.criterion, values[:count], steps[:count], 0.99, Reader())
+        assert (again.stop, again.reason) == (decision.stop, decision.reason)
+        stops.append(decision.stop)
+    assert any(stops) and not any(stops[: 2 + patience])
 
 
 def test_more_confidence_stops_later() -> None:
@@ -200,7 +214,7 @@ def test_runs_of_any_length_are_judged() -> None:
 def test_probabilities_read_well_in_words() -> None:
     words = ["below 0.01 %", "1.2 %", "50 %", "99.9 %", "99.99 %", "above 99.99 %"]
     assert [_percent(p) for p in (3e-7, 0.0123, 0.5, 0.999, 0.9999, 1.0)] == words
-    assert [_percent(p, 0.05) for p in (0.0496, 0.04999, 0.05, 0.0502)] == [
+    assert [_percent(p, "5 %") for p in (0.0496, 0.04999, 0.05, 0.0502)] == [
         "4.96 %", "4.999 %", "5 %", "5.02 %",
     ]  # fmt: skip
 
