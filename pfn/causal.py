@@ -8,7 +8,8 @@ in units of that roughness: a run that hardly moves is to the network what a liv
 With more than one feature, rows are the runs of a sweep, one run after another: the first feature
 is the time, the others are the run's hyperparameters. A new run begins where these change or time
 does not increase; a query belongs to the last run with its hyperparameters. What a prefix says is
-then said of the point's own run, and heads attend more or less to it than to others.
+then said of the point's own run. The first half of the heads attend to that run alone, the others
+to all, and the last of these prefers runs of near hyperparameters.
 
 It answers as `transformer.py` does, in the units of y that the prior has; it knows no latents.
 Shapes: b tasks, n context points, k buffer points, m queries, d features, w width, h heads, s
@@ -32,7 +33,9 @@ from pfn.units import FromContext
 MEMORIES = (1.0, 4.0, 16.0)  # points over which levels and roughness are averaged
 FLOOR = 2e-4  # of a roughness, in units of y
 WAVES = 7  # octaves of y's embedding
-OF_SWEEPS = ("embed_run", "prefer_own")  # parameters that a network of single curves lacks
+OF_SWEEPS = "embed_run"  # the parameter that a network of single curves lacks
+# what the last head's logits lose per mean squared distance of hyperparameters, in turn by layer
+NEAR = (15.0, 60.0)
 RUN_WAVES = 5  # numbers that a hyperparameter is embedded by
 LEAST = 1e-6  # of a time or a time between points
 NARROWEST = -9.5  # log of the least standard deviation of a component
@@ -105,8 +108,6 @@ class CausalBlock(nn.Module):
         self.contract = nn.Linear(config.expansion * width, width)
         for last in (*self.from_heads.parameters(), *self.contract.parameters()):
             nn.init.zeros_(last)  # every block starts as the identity
-        if config.max_features > 1:
-            self.prefer_own = nn.Parameter(torch.zeros(self.heads))
 
     def keys_values(self, normed: Tensor) -> Layer:
         """Keys and values of tokens (b, t, w)."""
@@ -114,21 +115,15 @@ class CausalBlock(nn.Module):
         both = self.to_key_value(normed).view(b, t, 2, self.heads, w // self.heads)
         return Layer(*both.transpose(1, 3).unbind(2))
 
-    def finish(
-        self, tokens: Tensor, normed: Tensor, layer: Layer, allowed: Tensor, own: Tensor | None
-    ) -> Tensor:
+    def finish(self, tokens: Tensor, normed: Tensor, layer: Layer, mask: Tensor) -> Tensor:
         """Tokens (b, t, w) after attention and feed-forward.
 
         Args:
-            allowed: (b or 1, t, keys) where there is attention.
-            own: (b, t, keys) which keys are of a token's own run; None if all are.
+            mask: (b or 1, h or 1, t, keys) where there is attention, or what is added to it.
         """
         b, t, w = tokens.shape
         query = self.to_query(normed).view(b, t, self.heads, w // self.heads).transpose(1, 2)
-        mask = allowed.unsqueeze(1)
-        if own is not None:
-            preferred = self.prefer_own.to(query.dtype).view(-1, 1, 1) * own.unsqueeze(1)
-            mask = preferred.masked_fill(~mask, -math.inf)
+        mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
         attended = F.scaled_dot_product_attention(query, layer.key, layer.value, mask)
         tokens = tokens + self.from_heads(attended.transpose(1, 2).flatten(2))
         hidden = F.relu(self.expand(self.norm_forward(tokens))).square()
@@ -139,7 +134,7 @@ class CausalTransformer(Network):
     """Maps the beginning of a curve and later times to mixtures over y, and over f without noise.
 
     Raises:
-        ValueError: latents, for which it is not made.
+        ValueError: latents, for which it is not made, or one head for the runs of a sweep.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -148,6 +143,8 @@ class CausalTransformer(Network):
             raise ValueError(
                 f"Expected no latents of a causal network; got {len(config.latents)} latents."
             )
+        if config.max_features > 1 and config.heads < 2:
+            raise ValueError(f"Expected at least 2 heads for runs of a sweep; got {config.heads}.")
         self.config = config
         width, waves = config.width, 1 + 2 * config.fourier_octaves
         states = 7 + 2 * WAVES + 3 * len(MEMORIES)
@@ -231,12 +228,11 @@ class CausalTransformer(Network):
         b = len(x)
         tokens = self.embed_start.expand(b, 1, -1)
         layers = []
-        allowed = torch.ones(1, 1, 1, dtype=torch.bool, device=x.device)
-        own = None if self.config.max_features == 1 else torch.zeros_like(allowed)
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
         for block in self.blocks:
             normed = block.norm_attention(tokens)
             layers.append(block.keys_values(normed))
-            tokens = block.finish(tokens, normed, layers[-1], allowed, own)
+            tokens = block.finish(tokens, normed, layers[-1], allowed)
         zero = torch.zeros(b, device=x.device, dtype=x.dtype)
         return Read(layers, x[:, :0], x[:, :0, 0], Scaling(zero, zero + 1))
 
@@ -268,21 +264,40 @@ class CausalTransformer(Network):
         places = torch.arange(before + k, device=x.device)
         order = (before + 1 + torch.arange(k, device=x.device)).expand(len(limit), -1)
         allowed = F.pad(places < torch.cat([order, limit], 1).unsqueeze(-1), (1, 0), value=True)
-        own = None
-        if self.config.max_features > 1:
+        masks = [allowed.unsqueeze(1)] * len(self.blocks)
+        if x.shape[-1] > 1:
             of_query = F.pad(runs, (1, 0), value=-1).gather(1, index)
             of_token = torch.cat([runs[:, before:], of_query], 1)
-            own = F.pad(of_token.unsqueeze(-1) == runs.unsqueeze(1), (1, 0), value=False)
+            own = of_token.unsqueeze(-1) == runs.unsqueeze(1)
+            far = _squared_distance(torch.cat([x, x_query], 1)[..., 1:], every_x[..., 1:])
+            masks = self._masks(allowed, own, far)
         layers = []
-        for block, kept in zip(self.blocks, read.layers, strict=True):
+        for block, kept, mask in zip(self.blocks, read.layers, masks, strict=True):
             normed = block.norm_attention(tokens)
             new = block.keys_values(normed[:, :k])
             old = (part.to(new.key.dtype) for part in kept)
             layer = Layer(*(torch.cat(two, 2) for two in zip(old, new, strict=True)))
             layers.append(layer)
-            tokens = block.finish(tokens, normed, layer, allowed, own)
+            tokens = block.finish(tokens, normed, layer, mask)
         told = Told(self.norm(tokens[:, k:]), seen.level, seen.unit)
         return Read(layers, every_x, every_y, read.scaling), told
+
+    def _masks(self, allowed: Tensor, own: Tensor, far: Tensor) -> list[Tensor]:
+        """What is added to the logits of each layer's heads, (b, h, t, keys).
+
+        Args:
+            allowed: (b or 1, t, keys) where there is attention, the start token first.
+            own: (b, t, keys - 1) which points are of a token's own run.
+            far: (b, t, keys - 1) mean squared distances between hyperparameters.
+        """
+        heads = self.config.heads
+        own, far = F.pad(own, (1, 0), value=True), F.pad(far, (1, 0))
+        head = torch.arange(heads, device=far.device)[:, None, None]
+        seen = allowed.unsqueeze(1) & (own.unsqueeze(1) | (head >= heads // 2))
+        nothing = far.new_zeros(()).masked_fill(~seen, -math.inf)
+        near = (head == heads - 1) * far.unsqueeze(1)
+        masks = [nothing - sharpness * near for sharpness in NEAR]
+        return [masks[i % len(NEAR)] for i in range(len(self.blocks))]
 
     def _embed(self, x: Tensor, more: Tensor, layer: nn.Linear) -> Tensor:
         """Tokens (b, t, w) of times, hyperparameters (b, t, d) and of what else is known."""
@@ -363,6 +378,11 @@ def find_runs(x: Tensor) -> Tensor:
     before, after = x[:, :-1], x[:, 1:]
     begins = (after[..., 1:] != before[..., 1:]).any(-1) | (after[..., 0] <= before[..., 0])
     return F.pad(begins, (1, 0))[:, : x.shape[1]].long().cumsum(1)
+
+
+def _squared_distance(x: Tensor, others: Tensor) -> Tensor:
+    """Mean over k of the squared differences of (b, t, k) and (b, n, k), (b, t, n)."""
+    return torch.cdist(x, others).square() / x.shape[-1]
 
 
 def _find(x: Tensor, x_query: Tensor, limit: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class PretrainConfig:
 
     Args:
         max_features: tasks have 1 .. max_features features, uniformly; of a causal network, half
-            of the tasks besides have the time alone.
+            of the tasks have the time alone, the others 1 .. max_features - 1 hyperparameters
+            besides, about log-uniformly.
         max_context: contexts have 0 .. max_context points, about log-uniformly; a causal network
             is shown a fifth to all of them, uniformly, and trained on their beginnings.
         width, layers, heads, expansion, fourier_octaves, components, least_refinements,
@@ -275,7 +276,7 @@ def begin_with(checkpoint: str, model: Network) -> None:
     weights = load(checkpoint).transformer.state_dict()
     there = {name: tuple(value.shape) for name, value in weights.items()}
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    own = {name: wanted[name] for name in wanted if any(part in name for part in OF_SWEEPS)}
+    own = {name: wanted[name] for name in wanted if OF_SWEEPS in name}
     if there not in (wanted, {k: v for k, v in wanted.items() if k not in own}):
         name = next(k for k in sorted(there | wanted) if there.get(k) != wanted.get(k))
         raise ValueError(
@@ -362,14 +363,16 @@ def latent_loss(model: Network, final: Final, lesson: Lesson) -> Tensor:
 
 
 def plan(config: PretrainConfig, step: int, part: int) -> Sizes:
-    """Sizes of one micro-batch: features uniform, context about log-uniform, constant cost."""
+    """Sizes of one micro-batch: constant cost; the rest as `PretrainConfig` says."""
     generator = torch.Generator().manual_seed(_seed(config.seed, step, part, "sizes"))
     share, buffered, split, with_latents, own_units = torch.rand(5, generator=generator).tolist()
     features = int(torch.randint(1, config.max_features + 1, (), generator=generator))
     points = int(8 * math.exp(share * math.log((config.max_context + 9) / 8)) - 8)
     points = min(points, config.max_context)
     if config.causal:  # a curve trains all its beginnings: long ones cost little more
-        features = features if split < 0.5 else 1  # for single runs
+        among = own_units  # the draw decides nothing else of a causal network
+        hyperparameters = int(config.max_features**among) if split < 0.5 else 0
+        features = min(1 + hyperparameters, config.max_features)
         points = max(2, round(config.max_context * (0.2 + 0.8 * share)))
         batch = max(1, round(config.tokens / config.micro_batches / (points + config.queries)))
         return Sizes(batch, 0, points, features, latents=False)

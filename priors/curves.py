@@ -200,7 +200,7 @@ LATENTS = (
     "start finish speed shape sharpness second_share second_speed delay schedule drop_time "
     "drop_size warm_up warm_up_time schedule_effect progress_effect overfit overfit_time "
     "overfit_power diverge diverge_time noise correlation correlated settle rows flips "
-    "spike_rate spike_size worse flat scale blow_up"
+    "spike_rate spike_size worse flat scale blow_up asleep"
 ).split()
 Latents = dict[str, Tensor]
 
@@ -384,7 +384,16 @@ class _Curve(NamedTuple):
         rate, _ = self.schedule(time)
         settled = _share(z["settle"]) * (1 - self.remaining(time)) ** 2
         calm = (0.1 + 0.9 * rate).sqrt() * (1 - 0.8 * settled)
-        return size * calm * (time < self.divergence())
+        return size * calm * self.awake(time) * (time < self.divergence())
+
+    def awake(self, time: Tensor) -> Tensor:
+        """Share of an accuracy's noise that is there.
+
+        In half of the runs all predictions are alike at first: it grows from 0 to 1 while a
+        twentieth of what there is to learn is learned.
+        """
+        learned = (20 * (1 - self.remaining(time))).clamp_max(1)
+        return torch.where(self.is_loss | (self.z["asleep"] < 0), 1.0, learned)
 
     def rows(self) -> Tensor:
         """Rows of the validation set."""
@@ -392,7 +401,8 @@ class _Curve(NamedTuple):
 
     def flips(self, time: Tensor, f: Tensor) -> Tensor:
         """Standard deviation of an accuracy by predictions that change from step to step."""
-        moving = 0.4 * _share(self.z["flips"]).square() * (time < self.divergence())
+        moving = 0.4 * _share(self.z["flips"]).square() * self.awake(time)
+        moving = moving * (time < self.divergence())
         deviation = moving * (f * (1 - f)).clamp_min(0).sqrt() / self.rows().sqrt()
         return torch.where(self.is_loss, torch.zeros_like(deviation), deviation)
 

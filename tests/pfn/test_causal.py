@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -88,11 +90,56 @@ def test_what_a_prefix_says_is_said_of_its_last_run(of_sweeps: CausalTransformer
             torch.testing.assert_close(whole[i, -1], part[0, -1], atol=1e-5, rtol=1e-4)
 
 
-def test_points_added_to_a_context_are_read_as_if_they_had_been_in_it(
-    network: CausalTransformer,
+@pytest.mark.parametrize("half", ["own run", "all runs"])
+def test_half_of_the_heads_read_a_points_own_run_alone(
+    of_sweeps: CausalTransformer, half: str
 ) -> None:
-    x, y = curve(15)
+    network = copy.deepcopy(of_sweeps)
+    for block in network.blocks:  # what the other heads say is not heard
+        own, every = block.from_heads.weight.chunk(2, 1)
+        (every if half == "own run" else own).zero_()
+    x, y = curve(24, batch=8, d=2)
+    runs = find_runs(x)
+    before = (runs < runs[:, -1:]) & (x[..., 1:] != x[:, -1:, 1:]).any(-1)
+    asked = x[:, -1:] + torch.tensor([0.1, 0.0])
+    answers = [
+        network.answer(x, values, None, FromContext(), asked)[0].tokens
+        for values in (y, torch.where(before, 1 - y, y))
+    ]
+    differs = (answers[0] - answers[1]).abs().amax((1, 2)) > TOLERANCE
+    assert differs.tolist() == (before.any(-1) & (half == "all runs")).tolist()
+    assert before.any(-1).sum() >= 4
+
+
+def test_one_head_hears_runs_of_near_hyperparameters_more(of_sweeps: CausalTransformer) -> None:
+    network = copy.deepcopy(of_sweeps)
+    for block in network.blocks:  # only the last head is heard
+        block.from_heads.weight[:, : -CONFIG.width // CONFIG.heads].zero_()
+    x = torch.tensor([[0.2, 0.5], [0.6, 0.5], [0.2, 0.9], [0.6, 0.9]])[None]
+    y = torch.tensor([[0.3, 0.6, 0.3, 0.6]])
+
+    def answer(y: torch.Tensor, place: float) -> torch.Tensor:
+        asked = torch.tensor([[[0.6, place]]])
+        return network.answer(x, y, None, FromContext(), asked)[0].tokens
+
+    for place, near in ((0.45, 1), (0.95, 3)):
+        moved = []
+        for row in (near, 4 - near):
+            other = y.clone()
+            other[0, row] = 0.9
+            moved.append(float((answer(other, place) - answer(y, place)).norm()))
+        # the weights' ratio is at most exp(-15 (0.45^2 - 0.05^2)) = 0.05 in any layer
+        assert moved[0] > 10 * moved[1] > 0
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_points_added_to_a_context_are_read_as_if_they_had_been_in_it(
+    network: CausalTransformer, of_sweeps: CausalTransformer, d: int
+) -> None:
+    network = network if d == 1 else of_sweeps
+    x, y = curve(15, d=d)
     queries = torch.linspace(0.6, 1, 4)[None, :, None].expand(3, -1, -1)
+    queries = torch.cat([queries, x[:, -1:, 1:].expand(-1, 4, -1)], -1)
     whole = network.mixture_f(network.decode(network.encode(x, y), queries))
     begun = network.encode(x[:, :9], y[:, :9])
     told = network.decode(begun, queries, buffer=(x[:, 9:], y[:, 9:]), visible=torch.full((4,), 6))
@@ -125,6 +172,17 @@ def test_the_encoding_of_one_curve_repeats(network: CausalTransformer) -> None:
     for i in range(2):
         alone = network.mixture_y(network.decode(network.encode(x, y), queries[i : i + 1])).means
         torch.testing.assert_close(together[i : i + 1], alone, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_half_of_the_lessons_are_single_runs_and_most_sweeps_have_few_hyperparameters() -> None:
+    config = PretrainConfig(causal=True, max_features=11, max_context=40, tokens=600, tasks=1)
+    count = 4000
+    features = torch.tensor([plan(config, step, 0).features for step in range(count)])
+    shares = torch.bincount(features, minlength=12)[1:] / count
+    k = torch.arange(1.0, 11)
+    expected = torch.cat([torch.tensor([0.5]), 0.5 * ((k + 1) / k).log() / math.log(11)])
+    error = (expected * (1 - expected) / count).sqrt()
+    assert ((shares - expected).abs() < 4.5 * error).all()
 
 
 def test_a_lesson_asks_for_rows_that_come_after_what_they_see() -> None:

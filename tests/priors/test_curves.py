@@ -17,7 +17,7 @@ from priors import (
     parametric_curves,
     to_config,
 )
-from priors.curves import _autocorrelated, _draw_latents
+from priors.curves import _autocorrelated, _Curve, _draw_latents, _latents
 
 LCPFN = LearningCurves.lcpfn()
 
@@ -289,6 +289,22 @@ def test_what_the_published_prior_lacks_is_there() -> None:
         assert 0.01 < float(share.double().mean()) < 0.5
     losses = LearningCurves(metrics=("loss",)).sample(4000, 50, 1, generator=generator(12))
     assert 0.003 < float((losses.f[:, -1] == 0).double().mean()) < 0.1  # diverged
+
+
+def test_half_of_the_accuracies_begin_without_noise() -> None:
+    z = _latents(
+        _draw_latents(torch.empty(8000, 1, 0, dtype=torch.float64), generator=generator(14)),
+        torch.zeros(8000, 1, dtype=torch.long),
+    )
+    time = torch.tensor([[1e-6, 1.0]], dtype=torch.float64).expand(8000, -1)
+    for is_loss, share in ((False, 0.5), (True, 0.0)):
+        curve = _Curve(z, torch.full((8000, 1), is_loss))
+        begun, learned = (1 - curve.remaining(time)).unbind(-1)
+        silent = curve.spread(time)[:, 0] < 1e-3 * curve.spread(time)[:, 1]
+        untouched = begun < 1e-6
+        assert untouched.sum() > 300
+        assert abs(silent[untouched].double().mean() - share) < z_bound(300, 0.5)
+        assert (curve.awake(time)[:, 1][learned > 0.05] == 1).all()
 
 
 def test_noise_is_the_variance_at_the_end() -> None:
