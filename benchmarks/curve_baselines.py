@@ -321,8 +321,8 @@ def _climb(log_prob: Any, start: Tensor, positive: int, rounds: int = 300) -> Te
         value = log_prob(point.unsqueeze(0))[0]
         if not value.isfinite():
             break
-        if float(value) > highest:
-            best, highest = point.detach().clone(), float(value)
+        if float(value.detach()) > highest:
+            best, highest = point.detach().clone(), float(value.detach())
         optimizer.zero_grad()
         (-value).backward()
         if not moving.grad.isfinite().all():

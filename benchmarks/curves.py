@@ -258,7 +258,7 @@ def sweeps(
 
 def score_run(reader: Reader, run: Sibling, kind: str, seen: int) -> dict[str, float]:
     """Of a run's rest, in units of y relative to its own first value."""
-    values = np.asarray(run.values)
+    values = np.array(run.values, dtype=float)
     mode = "max" if kind == "accuracy" else "min"
     metric = read_metric(values[:1], mode, (0, 1) if mode == "max" else (0, None))
     curve = reader.extrapolate(

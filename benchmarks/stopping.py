@@ -33,6 +33,7 @@ import typer
 from curve_baselines import Array, Beginning
 from curves import read_trainings
 
+from pfn.plot import BLUE, GREY, INK, quiet
 from surrogates.extrapolation import Reader, Sibling
 from surrogates.stopping import ASKED
 
@@ -43,6 +44,14 @@ RUNS, ORDERS, DELTA = 20, 40, 0.05
 SHORTEST = 10  # run that is looked at
 EVERY, FEW = 5, 5  # steps between decisions, and orders, of runs beside siblings
 WORTH = 0.001  # what a stopped run must have gained for its stop to have been wrong
+SHOWN = {  # markers of the figure, beside patience
+    "pfn": "o",
+    "pfn, at once": "s",
+    "trend": "^",
+    "last value": "v",
+    "Optuna median": "x",
+    "Optuna Hyperband": "+",
+}
 PATIENCE = (1, 2, 3, 5, 7, 10, 15, 20, 30)
 SHARES = (0.1, 0.2, 0.4, 0.8)  # of runs, at which baselines are fitted
 
@@ -440,20 +449,28 @@ def at_equal_savings(points: list[tuple[float, float]], speed_up: float) -> floa
 
 
 def draw(by_method: dict[str, list[dict[str, Any]]]) -> None:
-    """Steps saved against what is lost, a point for each method."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
+    """What rules save against what they lose: the patience rules as a line, others as points."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
     for axis, kind in zip(axes, ("accuracy", "loss"), strict=True):
+        at = {}
         for method, some in by_method.items():
             of_kind = [r for r in some if r["metric"] == kind]
-            x = fmean(r["speed-up, same runs"] for r in of_kind)
-            lost = fmean(r["lost, points"] for r in of_kind)
-            color = "C3" if method.startswith("pfn") else "C0"
-            axis.plot(x, lost, "o", color=color, ms=5)
-            axis.annotate(method, (x, lost), xytext=(4, 3), textcoords="offset points", fontsize=7)
-        axis.set(title=kind, xlabel="speed-up of the same 20 runs", xscale="log")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("lost, points of y")
-    figure.tight_layout()
+            saved = [1 - 1 / r["speed-up, same runs"] for r in of_kind]
+            at[method] = 100 * fmean(saved), 100 * fmean(r["wrong stops"] for r in of_kind)
+        line = [at[f"patience {k}"] for k in PATIENCE]
+        axis.plot(*zip(*line, strict=True), "-o", color=GREY, ms=3, lw=1.2, label="patience")
+        for k, place in zip(PATIENCE, line, strict=True):
+            axis.annotate(
+                str(k), place, xytext=(-3, 4), textcoords="offset points", ha="right", fontsize=7
+            )
+        for method, marker in SHOWN.items():
+            color, size = (BLUE, 8) if method.startswith("pfn") else (INK, 5)
+            axis.plot(*at[method], marker, color=color, ms=size, ls="none", label=method)
+        axis.set(title=f"{kind}, {len(of_kind)} sweeps", xlabel="steps saved, %", ylim=(-0.5, 21))
+        axis.set_xlim(0, 100)
+        quiet(axis)
+    axes[0].set_ylabel("runs stopped that would have led, %")
+    axes[0].legend(frameon=False, fontsize="small", loc="upper left")
     figure.savefig(FIGURE, dpi=90)
 
 
