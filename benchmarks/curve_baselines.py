@@ -264,6 +264,7 @@ def mcmc(
         best = _climb(log_prob, start[0], start.shape[1])
         start = best + 1e-6 * torch.randn(start.shape, dtype=best.dtype, generator=generator)
     kept = _walk(log_prob, start, seed, steps)
+    kept = kept[log_prob(kept).isfinite()]  # a walker may begin beyond a wall, and stay there
     return Draws(
         prior.curve(times[b.cut :], kept).numpy(), prior.sigma(kept).reshape(-1, 1).numpy()
     )
