@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused(mode, bounds, words) -> None:
         ([0, 1], 2, 10, "positive"),
         ([1, math.nan], 2, 10, "finite"),
         (None, 11, 10, "horizon of at least"),
-        (None, 0, 0, "horizon of at least"),
+        (None, 0, 0, "positive horizon"),
         (None, 2, math.inf, "finite horizon"),
         (None, 2, "100", "finite horizon"),
     ],

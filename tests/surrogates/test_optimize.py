@@ -287,7 +287,7 @@ def test_a_loop_goes_on_where_its_storage_is(tmp_path):
 
 def test_a_killed_loop_resumes_as_if_it_had_never_stopped(tmp_path):
     storage = f"sqlite:///{tmp_path}/a.db"
-    process = start(tmp_path, storage, "gp", 8, nap=0.3)
+    process = start(tmp_path, storage, "gp", 8, nap=1.0)
 
     def in_the_fifth(trials):
         return (
