@@ -221,9 +221,10 @@ def summary(
                 ranks.append(rank)
                 regrets.append(regret)
             if ranks:
-                error = np.std(ranks, ddof=1) / np.sqrt(len(ranks)) if len(ranks) > 1 else None
-                spread = "" if error is None else f" ± {error:.2f}"
-                row[f"{group}rank at {after}"] = f"{np.mean(ranks):.2f}{spread}"
+                row[f"{group}rank at {after}"] = f"{np.mean(ranks):.2f}"
+                if len(ranks) > 1:
+                    error = np.std(ranks, ddof=1) / np.sqrt(len(ranks))
+                    row[f"{group}rank at {after}"] += f" ± {error:.2f}"
                 row[f"{group}regret at {after}"] = float(np.mean(regrets))
     return row
 

@@ -243,10 +243,9 @@ def sweeps(
                             other._replace(hyperparameters=place)
                             for other, place in zip(beside, places, strict=True)
                         ]
-                        other = score_run(
-                            Reader(model, moved, run.hyperparameters), run, kind, seen
-                        )
-                        entry["final, places permuted"] = other["log p, final"]
+                        reader = Reader(model, moved, run.hyperparameters)
+                        permuted = score_run(reader, run, kind, seen)
+                        entry["final, places permuted"] = permuted["log p, final"]
                     found[kind, share, count].append(entry)
     rows = []
     for (kind, share, count), several in sorted(found.items()):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.05, 0.5, 0.95)
 SHOWN = 20  # rows of a printed table; --out and --json give all
+# words in the names of metrics of which less is better
 FALLING = {"loss", "logloss", "err", "error", "rmse", "mse", "mae", "nll", "perplexity"}
 
 app = typer.Typer(

@@ -235,8 +235,7 @@ class Curve(MetricPredictive):
         """What the best of the remaining values is no better than with probability p in (0, 1)."""
         if not 0 < p < 1:
             raise ValueError(f"Expected a probability between 0 and 1; got {p}.")
-        if not len(self.steps):
-            raise ValueError("Expected steps that remain; the curve is at its horizon.")
+        self._check_rest()
         low, high = self._ends
         for _ in range(16):
             y = (low + high) / 2
@@ -265,8 +264,7 @@ class Curve(MetricPredictive):
 
     def prob_above(self, value: float) -> float:
         """P(the value at the horizon is above `value`), or below it where lower is better."""
-        if not len(self.steps):
-            raise ValueError("Expected steps that remain; the curve is at its horizon.")
+        self._check_rest()
         _check_value(value)
         return float(self[-1].probability_of_improvement(value, maximize=self.metric.sign > 0))
 
@@ -277,9 +275,8 @@ class Curve(MetricPredictive):
             ValueError: NaN, or no steps that remain.
         """
         _check_value(value)
+        self._check_rest()
         sign, count = self.metric.sign, len(self.steps)
-        if not count:
-            raise ValueError("Expected steps that remain; the curve is at its horizon.")
         reached = sign * self.sample_paths(DRAWS) >= sign * value  # (draw, rest)
         first = reached.double().argmax(-1)[reached.any(-1)]
         share = torch.bincount(first, minlength=count).double() / DRAWS
@@ -290,6 +287,10 @@ class Curve(MetricPredictive):
         from surrogates.curve_plots import plot_curve
 
         return plot_curve(self, ax, best=best)
+
+    def _check_rest(self) -> None:
+        if not len(self.steps):
+            raise ValueError("Expected steps that remain; the curve is at its horizon.")
 
     def _paths(self, n: int, seed: int) -> Tensor:
         """Joint draws (n, rest) of y."""
