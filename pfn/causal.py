@@ -278,8 +278,10 @@ class CausalTransformer(Network):
             old = (part.to(new.key.dtype) for part in kept)
             layer = Layer(*(torch.cat(two, 2) for two in zip(old, new, strict=True)))
             layers.append(layer)
+            if block is self.blocks[-1]:  # nothing reads the points' tokens after it
+                tokens, normed, mask = tokens[:, k:], normed[:, k:], mask[..., k:, :]
             tokens = block.finish(tokens, normed, layer, mask)
-        told = Told(self.norm(tokens[:, k:]), seen.level, seen.unit)
+        told = Told(self.norm(tokens), seen.level, seen.unit)
         return Read(layers, every_x, every_y, read.scaling), told
 
     def _masks(self, allowed: Tensor, own: Tensor, far: Tensor) -> list[Tensor]:
