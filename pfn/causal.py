@@ -126,7 +126,7 @@ class CausalBlock(nn.Module):
         mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
         attended = F.scaled_dot_product_attention(query, layer.key, layer.value, mask)
         tokens = tokens + self.from_heads(attended.transpose(1, 2).flatten(2))
-        hidden = F.relu(self.expand(self.norm_forward(tokens))).square()
+        hidden = F.relu(self.expand(self.norm_forward(tokens)), inplace=True).square()
         return tokens + self.contract(hidden)
 
 
@@ -322,11 +322,11 @@ class CausalTransformer(Network):
         """What each prefix of points (b, n) says of the run that it ends in.
 
         Args:
-            runs: (b, n) index of each point's run.
+            runs: (b, n) index of each point's run, or (1, n) where all tasks have the same.
         """
         b, n = y.shape
         first = y.new_full((b, 1), self.config.y_mean)
-        begins = torch.diff(runs, dim=1, prepend=runs.new_full((b, 1), -1)) > 0
+        begins = torch.diff(runs, dim=1, prepend=runs.new_full((len(runs), 1), -1)) > 0
         previous = torch.cat([first, y[:, :-1]], 1)[:, :n]
         previous = torch.where(begins, first, previous)
         change = y - previous
@@ -334,15 +334,15 @@ class CausalTransformer(Network):
         apart = torch.where(begins, time, apart).clamp_min(LEAST)
         place = torch.arange(n, device=y.device)
         earlier = (runs.unsqueeze(-1) == runs.unsqueeze(1)) & (place[:, None] >= place)
-        count = earlier.sum(-1).to(y)
+        count = earlier.sum(-1).to(y).expand(b, n)
         lag = (place[:, None] - place).clamp_min(0).to(y)
         # the first change is from the prior's mean, which says little of roughness
         square = torch.where(begins, change.square().clamp_max(0.01), change.square())
         memories = torch.tensor(MEMORIES, device=y.device, dtype=y.dtype)[:, None, None]
-        weight = (-lag / memories).exp() * earlier.unsqueeze(1)  # (b, memory, n, n)
+        weight = (-lag / memories).exp() * earlier.unsqueeze(1)  # (b or 1, memory, n, n)
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-9)
-        levels = torch.einsum("bmij,bj->mbi", weight, y).unbind(0)
-        rough = (torch.einsum("bmij,bj->mbi", weight, square) + FLOOR**2).sqrt().unbind(0)
+        levels = _averages(weight, y).unbind(0)
+        rough = (_averages(weight, square) + FLOOR**2).sqrt().unbind(0)
         unit = rough[-1] if n else y
         inner = y.clamp(1e-4, 1 - 1e-4)
         octaves = 2.0 ** torch.arange(WAVES, device=y.device)
@@ -374,12 +374,19 @@ class CausalTransformer(Network):
 
 
 def find_runs(x: Tensor) -> Tensor:
-    """The index (b, n) of the run of each point (b, n, d); one run if there is only the time."""
+    """The index (b, n) of the run of each point (b, n, d); (1, n), zeros, if d = 1: one run."""
     if x.shape[-1] == 1:
-        return torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        return torch.zeros(1, x.shape[1], dtype=torch.long, device=x.device)
     before, after = x[:, :-1], x[:, 1:]
     begins = (after[..., 1:] != before[..., 1:]).any(-1) | (after[..., 0] <= before[..., 0])
     return F.pad(begins, (1, 0))[:, : x.shape[1]].long().cumsum(1)
+
+
+def _averages(weight: Tensor, values: Tensor) -> Tensor:
+    """What each prefix has of values (b, n) at each memory, (memory, b, n)."""
+    if len(weight) == 1:  # one product of matrices for all tasks
+        return torch.einsum("mij,bj->mbi", weight[0], values)
+    return torch.einsum("bmij,bj->mbi", weight, values)
 
 
 def _squared_distance(x: Tensor, others: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Its reference is a sampler that respects the hard walls of that prior, and MCMC at the published
 settings. Time is a fraction of the horizon, and y is in the prior's own units, so nothing is
-standardised: ask with `standardize=False`. The network for real curves is another, on
+standardised: ask with `standardize=False`. The network is narrow, for speed: twice as wide and one
+layer deeper it gains a hundredth of a nat. The network for real curves is another, on
 `LearningCurves()`.
 """
 
@@ -14,9 +15,9 @@ prior = LearningCurves.lcpfn()
 config = PretrainConfig(
     causal=True,
     max_context=100,
-    width=96,
-    layers=4,
-    heads=4,
+    width=48,
+    layers=3,
+    heads=3,
     components=8,
     fourier_octaves=5,
     queries=128,
@@ -25,5 +26,5 @@ config = PretrainConfig(
     bounded_share=0.0,
     bf16=False,
     lr=2e-3,
-    seconds=6000,
+    seconds=3600,
 )
