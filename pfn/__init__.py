@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pfn.card import ModelCard as ModelCard
+    from pfn.comparison import Comparison as Comparison
+    from pfn.conflict import Check as Check
+    from pfn.library import compare as compare
     from pfn.library import load as load
     from pfn.library import models as models
     from pfn.library import predict as predict
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
     from pfn.predictive import Predictive as Predictive
 
 _HOME = {
+    "Check": "pfn.conflict",
+    "Comparison": "pfn.comparison",
     "ModelCard": "pfn.card",
+    "compare": "pfn.library",
     "load": "pfn.library",
     "models": "pfn.library",
     "predict": "pfn.library",

@@ -180,11 +180,14 @@ class Experts(nn.Module):
         """What context tokens (b, n, w) learn: how well the others predict each."""
         return self.to_context(self._features(*leave_one_out(solved)))
 
-    def tell_buffer(self, solved: Solved, added: Added) -> Tensor:
-        """What buffer tokens (b, k, w) learn: how well those before them predict each."""
-        half = 0.5 * solved.log_variance
-        white, log_std = added.white * (-half).exp(), added.log_diagonal + half
-        return self.to_buffer(self._features(white, log_std))
+    def tell_buffer(self, log_variance: Tensor, white: Tensor, log_diagonal: Tensor) -> Tensor:
+        """What buffer tokens (b, k, w) learn: how well those before them predict each.
+
+        Args:
+            log_variance: (g, 1) of the experts; the others (g, k) are those of `Added`.
+        """
+        half = 0.5 * log_variance
+        return self.to_buffer(self._features(white * (-half).exp(), log_diagonal + half))
 
     def tell_query(self, forecast: Forecast) -> Tensor:
         """What query tokens (b, m, w) learn: the predictions."""

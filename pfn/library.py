@@ -1,15 +1,19 @@
-"""The shipped checkpoints and the one-call interface over them: `models`, `load`, `predict`."""
+"""The shipped checkpoints and one call for each question: `models`, `load`, `predict`, `compare`.
+
+Read `model.py` for what a checkpoint answers, `comparison.py` for what several do.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pfn.card import ModelCard, load_checkpoint, read_card
+from pfn.comparison import Comparison, compare_fitted
 from pfn.data import check_context
 from pfn.model import PFN
 from pfn.predictive import Predictive
@@ -79,7 +83,8 @@ def predict(
     """The posterior predictive at `x_query` given `context = (x, y)`, in one forward pass.
 
     Args:
-        model: a shipped name, a path, a PFN, or "auto": "gp-1d" for one feature, "gp" for up to 12.
+        model: a shipped name, a path, a PFN, "auto": "gp-1d" for one feature, "gp" for up to 12; or
+            "best": of the shipped models that fit the data, the one of highest evidence.
         latent, given, standardize, bounds, extrapolate_n: see `PFN.condition`, `Fitted.predict`.
 
     Returns:
@@ -94,6 +99,8 @@ def predict(
         >>> pfn.predict((x, torch.sin(6 * x)), torch.tensor([0.5])).mean.shape
         torch.Size([1])
     """
+    if model == "best":
+        model = compare(context, given=given, standardize=standardize, bounds=bounds).best
     if not isinstance(model, PFN):
         model = choose(model, check_context(context).x.shape[-1])
     return model.predict(
@@ -105,6 +112,65 @@ def predict(
         bounds=bounds,
         extrapolate_n=extrapolate_n,
     )
+
+
+def compare(
+    context: Any,
+    models: Sequence[str | Path | PFN] | None = None,
+    *,
+    given: Mapping[str, Any] | None = None,
+    standardize: bool = True,
+    bounds: Any = None,
+    orders: int = 4,
+    seed: int = 0,
+) -> Comparison:
+    """Posterior probabilities of several models' priors given `context = (x, y)`, one task.
+
+    Args:
+        models: names, paths or PFNs; None: all shipped ones for data in any order that were trained
+            for as many features, points and given latents.
+        given, standardize, bounds: see `PFN.condition`; the same for all models.
+        orders: of the rows, over which each evidence is averaged.
+
+    Returns:
+        A `Comparison`: `.probabilities`, `.log_evidences`, `.best`, and `.predict`, their average.
+
+    Raises:
+        ValueError: on bad data, batched data, or no model that fits them.
+
+    Example:
+        >>> import torch, pfn
+        >>> x = torch.linspace(0, 1, 20)
+        >>> pfn.compare((x, torch.sin(6 * x)), models=["gp-1d", "bnn"]).probabilities.shape
+        torch.Size([2])
+    """
+    checked = check_context(context)
+    if checked.batched:
+        raise ValueError(
+            f"Expected one task to compare models on; got a batch of {len(checked.y)}. Compare task"
+            " by task."
+        )
+    n, d = checked.x.shape[1:]
+    chosen = _comparable(n, d, given or {}) if models is None else models
+    if not len(chosen):
+        raise ValueError(f"Expected models to compare; got none, for n = {n}, d = {d}.")
+    fitted = [
+        choose(each, d).condition(context, given=given, standardize=standardize, bounds=bounds)
+        for each in chosen
+    ]
+    return compare_fitted(fitted, orders=orders, seed=seed)
+
+
+def _comparable(n: int, d: int, given: Mapping[str, Any]) -> list[str]:
+    """Shipped models for points in any order that know data of this size."""
+    return [
+        card.name
+        for card in models()
+        if not card.architecture.causal
+        and d <= card.architecture.max_features
+        and n <= card.max_context
+        and set(given) <= {latent.name for latent in card.architecture.latents}
+    ]
 
 
 def _automatic(d: int) -> str:

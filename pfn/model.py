@@ -20,10 +20,13 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, LogNormal, MixtureSameFamily, Normal
 
 from pfn.card import ModelCard
+from pfn.conflict import LEAST_POINTS, Check, draw_null, judge
 from pfn.data import Context, check_context, check_query
+from pfn.evidence import DataSets, Evidence, log_evidence
 from pfn.network import Network
+from pfn.paths import draw_paths
 from pfn.predictive import Predictive
-from pfn.transformer import Latent, Mixture, Scaling, Seen
+from pfn.transformer import Latent, Mixture, Scaling, Seen, Transformer
 from pfn.units import FromContext, Units, context_units, prior_units
 from priors import Prior
 from priors.context import check_finite, order_columns, to_tensor
@@ -162,7 +165,7 @@ class PFN:
                 _check_bounds(bounds, d).to(checked.x).expand(len(checked.x), 2, d).unbind(1)
             )
             units = units._replace(x_shift=low, x_scale=high - low)
-        known = self._known(given, units, d)
+        known = self.read_given(given, units, d)
         return Ready(
             checked,
             units,
@@ -211,7 +214,7 @@ class PFN:
                 stacklevel=4,
             )
 
-    def _known(self, given: Mapping[str, Any] | None, units: Units, d: int) -> Tensor | None:
+    def read_given(self, given: Mapping[str, Any] | None, units: Units, d: int) -> Tensor | None:
         """The latents of `given`, standardised, in slots (b, latent_slots); NaN where unknown."""
         if given is None:
             return None
@@ -289,6 +292,7 @@ class Fitted:
         self._ready = ready
         self._encoded = encoded
         self._added = added
+        self._evidences: dict[tuple[int, int], Evidence] = {}
 
     def predict(self, x_query: Any, *, latent: bool = False) -> Predictive:
         """The posterior predictive at `x_query` (m, d), (m,) for d = 1, or (b, m, d).
@@ -378,6 +382,129 @@ class Fitted:
             parts.append(_mixture(transformer, final, latent))
         return Mixture(*_joined(parts, 0))
 
+    def sample_paths(
+        self, x_query: Any, draws: int = 256, *, latent: bool = False, seed: int = 0
+    ) -> Tensor:
+        """Coherent joint draws of the posterior at `x_query`: whole functions.
+
+        Args:
+            x_query: (m, d), (m,) for d = 1, or (b, m, d).
+            latent: of the noise-free function instead of new noisy observations.
+
+        Returns:
+            (draws, m), or (draws, b, m), in the query's floating dtype and on its device.
+
+        Raises:
+            ValueError: if the query does not fit the context, or for a model of curves.
+
+        Example:
+            >>> import pfn
+            >>> fitted = pfn.load("gp-1d").condition(([0.1, 0.5, 0.9], [0.0, 1.0, 0.3]))
+            >>> fitted.sample_paths([0.2, 0.4, 0.6], 8).shape
+            torch.Size([8, 3])
+        """
+        x, dtype = check_query(x_query, self.context)
+        transformer, keys = self.pfn.transformer, self._encoded.layers[0].key
+        if not isinstance(transformer, Transformer):
+            raise ValueError(
+                f"Expected a model of points in any order; {self.pfn.card.name!r} reads curves,"
+                " whose joint draws are those of surrogates.extrapolate."
+            )
+        if draws < 1:
+            raise ValueError(f"Expected at least 1 draw; got draws={draws}.")
+        mapped = self.units.map_x(x.to(keys.device)).to(keys.dtype)
+        generator = torch.Generator(keys.device).manual_seed(seed)
+        added = None if self._added is None else self._added
+        paths = []
+        with torch.inference_mode():
+            for task, grid in enumerate(mapped):
+                encoded = self._encoded_task(task)
+                told = None if added is None else (added.x[task], added.y[task])
+                path = draw_paths(
+                    transformer, encoded, grid, draws, told, latent=latent, generator=generator
+                )
+                path = encoded.scaling.center + encoded.scaling.scale * path
+                paths.append(path.double() * self.units.y_scale[task] + self.units.y_shift[task])
+        return self._unbatch(torch.stack(paths, 1), dim=1).to(x.device, dtype)
+
+    def _encoded_task(self, task: int) -> Any:
+        """The encoding of one task of the batch."""
+        ready = self._ready
+        if len(ready.y) == 1:
+            return self._encoded
+        some = slice(task, task + 1)
+        known = None if ready.known is None else ready.known[some]
+        return self.pfn.transformer.encode(ready.x[some], ready.y[some], known, ready.own)
+
+    def log_evidence(self, *, orders: int = 4, seed: int = 0) -> Tensor:
+        """log p(y | x) of the context under the prior, in nats, (): (b,) if batched.
+
+        By the chain rule of predictives, averaged over a few orders of the rows. With
+        `standardize`, it is of the prior in the units that the context sets, with their Jacobian:
+        then only differences between models on the same data mean something.
+
+        Raises:
+            ValueError: fewer than one order.
+        """
+        return self._evidence(orders, seed).value
+
+    def log_evidence_error(self, *, orders: int = 4, seed: int = 0) -> Tensor:
+        """The standard error of `log_evidence`, by the spread over orders; NaN for one order."""
+        return self._evidence(orders, seed).error
+
+    def _evidence(self, orders: int, seed: int) -> Evidence:
+        if orders < 1:
+            raise ValueError(f"Expected at least 1 order; got orders={orders}.")
+        if (orders, seed) not in self._evidences:
+            data = self._every_point()
+            generator = torch.Generator(data.y.device).manual_seed(seed)
+            with torch.inference_mode():
+                found = log_evidence(self.pfn.transformer, *data, orders, generator)
+            value = found.value - data.y.shape[1] * self.units.y_scale.log()
+            found = found._replace(value=value)
+            self._evidences[orders, seed] = Evidence(*(self._unbatch(p.clone()) for p in found))
+        return self._evidences[orders, seed]
+
+    def _every_point(self) -> DataSets:
+        """The context and what was added to it, as the network is given them."""
+        ready, added = self._ready, self._added
+        if added is None:
+            return DataSets(ready.x, ready.y, ready.known)
+        b = len(added.y)
+        known = None if ready.known is None else ready.known.expand(b, -1)
+        x = torch.cat([ready.x.expand(b, -1, -1), added.x], 1)
+        return DataSets(x, torch.cat([ready.y.expand(b, -1), added.y], 1), known)
+
+    def check(self, x_query: Any = None, *, draws: int = 199, seed: int = 0) -> Check:
+        """Prior-data conflict: does this context look like a data set of the prior?
+
+        Compares it with data sets that the prior draws at the same inputs, where it can, and else
+        with as many inputs of its own.
+
+        Args:
+            x_query: (m, d) points whose distance from the context and the prior's box is told.
+            draws: data sets of the prior; the p-value is a multiple of 1 / (1 + draws).
+
+        Raises:
+            ValueError: a batched context, fewer than 4 points, a model without its prior or of
+                curves, or a given latent that the prior cannot be told.
+        """
+        observed = self._every_point()
+        n = observed.y.shape[1]
+        if len(observed.y) > 1 or n < LEAST_POINTS:
+            raise ValueError(
+                f"Expected one context of at least {LEAST_POINTS} points to check; got"
+                f" {len(observed.y)} of {n}."
+            )
+        if draws < 19:
+            raise ValueError(f"Expected at least 19 draws, for a level of 5 %; got {draws}.")
+        x_query = self.context.x[0, :0] if x_query is None else x_query
+        x = check_query(x_query, self.context)[0].to(observed.x.device)
+        generator = torch.Generator(observed.y.device).manual_seed(seed)
+        with torch.inference_mode():
+            null = draw_null(self.pfn, observed, self._ready.own, draws, generator)
+            return judge(self.pfn.transformer, observed, null, self.units.map_x(x)[0], generator)
+
     def latents(self) -> dict[str, Distribution]:
         """Posterior marginals of the prior's latents, in the units of the data.
 
@@ -423,8 +550,8 @@ class Fitted:
         means, stds = self._unbatch(shift + scale * means), self._unbatch(scale * stds)
         return MixtureSameFamily(weights, Normal(means, stds))
 
-    def _unbatch(self, value: Tensor) -> Tensor:
-        return value if self.context.batched else value.squeeze(0)
+    def _unbatch(self, value: Tensor, dim: int = 0) -> Tensor:
+        return value if self.context.batched else value.squeeze(dim)
 
 
 def _recording(*inputs: Tensor | None, keep: bool) -> AbstractContextManager[object]:

@@ -5,8 +5,8 @@ If the posterior is exact, then given the context it is one more draw from the p
 three things hold, each with a p-value whose error rate is known:
 
 - its probability integral transform is uniform;
-- so is the rank of its log density among those of draws from the predictive (the expected coverage
-  of highest-density regions), which sees errors of shape that the first averages out;
+- so is the mass of the highest-density region that has it on its edge (expected coverage), which
+  sees errors of shape that the first averages out;
 - neither depends on the context: the transform does not correlate with the nearest observation. A
   posterior that ignores the data passes the first two, and fails here.
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pfn.diagnostics import ks_test
+from pfn.diagnostics import expected_coverage, ks_test
 from priors import Prior
 
 DRAWS = 99  # from each predictive
@@ -35,7 +35,7 @@ class Simulated(NamedTuple):
     """What one held-out observation of each task says of its predictive, (task,) each."""
 
     pit: Tensor  # the predictive cdf at the observation, uniform on [0, 1]
-    level: Tensor  # the rank of its log density among that of draws, in [0, 1], ties at random
+    level: Tensor  # the mass of the highest-density region with the observation on its edge
     nearest: Tensor  # the observation of the context that is nearest in x; 0 where there is none
 
 
@@ -86,14 +86,13 @@ def simulate(
         x, y = drawn.x[:, :n], drawn.y[:, :n]
         predictive = posterior(x, y, drawn.x[:, n:])
         held_out = drawn.y[:, n:]
-        uniform = torch.rand(count, dtype=torch.float64, generator=generator)
         with torch.random.fork_rng(devices=[]):  # torch's distributions draw from the global state
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             others = predictive.log_prob(predictive.sample(torch.Size([DRAWS]))).squeeze(-1)
         ours = predictive.log_prob(held_out).squeeze(-1)
-        below = (others < ours).sum(0) + uniform * (1 + (others == ours).sum(0))
+        level = expected_coverage(others, ours, generator=generator)
         pit = predictive.cdf(held_out).squeeze(-1).clamp(0, 1)
-        parts.append((pit, below / (DRAWS + 1), _nearest(x, y, drawn.x[:, n:])))
+        parts.append((pit, level, _nearest(x, y, drawn.x[:, n:])))
         report(start + count)
     return Simulated(*(torch.cat(column) for column in zip(*parts, strict=True)))
 

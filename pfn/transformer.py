@@ -402,7 +402,9 @@ class Transformer(Network):
                 with torch.autocast(x_query.device.type, enabled=False):
                     points = seen_by_each(self.config.components, x_added, y_added)
                     more = add(encoded.solved, points)
-                    to_added = self.experts.tell_buffer(encoded.solved, more)
+                    to_added = self.experts.tell_buffer(
+                        encoded.solved.log_variance, more.white, more.log_diagonal
+                    )
                 said, told = self._ask(
                     encoded.solved, encoded.report, x_query, latents, more, visible
                 )

@@ -21,7 +21,7 @@ from torch.distributions import Distribution, LogNormal
 from priors.draws import draw, draw_normal
 from priors.flows import WeightFlow
 from priors.inputs import draw_inputs, read_designs, standardise_inputs
-from priors.kernel_prior import JITTER, Hyperparameter, Process, conditional_tasks
+from priors.kernel_prior import JITTER, Hyperparameter, Process, conditional_tasks, observe
 from priors.tasks import ConditionalTasks, Tasks
 
 if TYPE_CHECKING:
@@ -169,6 +169,10 @@ class BNN:
         process = self.draw_process(batch, d, generator=generator)
         x = draw_inputs(self.inputs, batch, n + len(visible), d, generator=generator)
         return conditional_tasks(process, x[:, :n], x[:, n:], visible, generator=generator)
+
+    def sample_at(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Noisy observations (task, n) of networks of their own at x (task, n, d)."""
+        return observe(self.draw_process(len(x), x.shape[-1], generator=generator), x, generator)
 
     def draw_process(self, batch: int, d: int, *, generator: torch.Generator) -> Process:
         """What networks with hidden weights of their own are over the readout: linear models."""

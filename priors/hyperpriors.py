@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import AffineTransform, ComposeTransform, Distribution, Normal, biject_to
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Distribution,
+    LogNormal,
+    Normal,
+    biject_to,
+)
 from torch.distributions.transforms import Transform
 
 from priors.draws import draw
@@ -37,6 +44,29 @@ class Coordinate(NamedTuple):
     def transform(self) -> Transform:
         standard = AffineTransform(self.location, self.scale)
         return ComposeTransform([standard, biject_to(self.prior.support)])
+
+    def normal(self, law: Distribution) -> Normal | None:
+        """The normal law of t that gives the hyperparameter this law; None if t's is no normal.
+
+        Args:
+            law: of batch_shape (*shape, ...); a log-normal one of a positive hyperparameter or a
+                normal one of a real one have an answer.
+        """
+        if not isinstance(law, LogNormal | Normal):
+            return None
+        free = torch.linspace(-2, 2, 3, dtype=torch.float64)  # of the unconstrained hyperparameter
+        value = biject_to(self.prior.support)(free)
+        is_log = isinstance(law, LogNormal)
+        if not torch.equal(value, free.exp() if is_log else free):
+            return None
+        rest = [1] * (law.loc.dim() - len(self.shape))
+        location, scale = (
+            part.expand(self.shape).reshape(*self.shape, *rest)
+            for part in (self.location, self.scale)
+        )
+        if is_log:
+            return Normal((law.loc - math.log(self.factor) - location) / scale, law.scale / scale)
+        return Normal((law.loc / self.factor - location) / scale, law.scale / self.factor / scale)
 
 
 class Hyperpriors(NamedTuple):

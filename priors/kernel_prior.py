@@ -22,7 +22,7 @@ from priors.inputs import draw_inputs, read_designs
 from priors.tasks import ConditionalTasks, Tasks
 
 if TYPE_CHECKING:
-    from priors.reference import Marginal
+    from priors.reference import HyperparameterDensity, Marginal
 
 JITTER = 1e-10  # relative to the outputscale; raised tenfold only for tasks that fail to factorise
 CACHED = 2**16  # matrix entries, 512 KiB
@@ -157,6 +157,10 @@ class KernelPrior(abc.ABC):
         x = draw_inputs(self.inputs, batch, n + len(visible), d, generator=generator)
         return conditional_tasks(process, x[:, :n], x[:, n:], visible, generator=generator)
 
+    def sample_at(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Noisy observations (task, n) of tasks of their own at x (task, n, d)."""
+        return observe(self.draw_process(len(x), x.shape[-1], generator=generator), x, generator)
+
     def draw_process(self, batch: int, d: int, *, generator: torch.Generator) -> Process:
         """Processes with hyperparameters of their own."""
         theta = self.draw_hyperparameters(batch, d, generator=generator)
@@ -247,6 +251,19 @@ class KernelPrior(abc.ABC):
         from priors import reference
 
         return reference.latent_posterior(self, context, given=given, method=method, seed=seed)
+
+    def latent_densities(
+        self, context: tuple[Any, Any], *, given: Mapping[str, Any] | None = None
+    ) -> list[HyperparameterDensity]:
+        """The posterior density of the hyperparameters of one task, for each alternative.
+
+        For samplers of one's own; together they integrate to the evidence.
+
+        Args: see `posterior`; the context is one task.
+        """
+        from priors import reference
+
+        return reference.latent_densities(self, context, given=given)
 
     def conditional(
         self,
@@ -340,6 +357,13 @@ class KernelPrior(abc.ABC):
                 rows.append(chosen)
                 values.append(function(name, some, *(part[chosen] for part in inputs)))
         return torch.cat(values)[torch.cat(rows).argsort()]
+
+
+def observe(process: Process, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Noisy observations (task, n) of processes at x (task, n, dim)."""
+    factor = cholesky(process.covariance(x, x), process.noise + process.jitter)
+    z = draw_normal(*x.shape[:2], 1, generator=generator)
+    return process.mean.unsqueeze(-1) + (factor @ z).squeeze(-1)
 
 
 def conditional_tasks(

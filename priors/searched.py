@@ -73,7 +73,13 @@ class Searched:
         for label, share in (("share", self.share), ("share bent", self.bent)):
             if not 0 <= share <= 1:
                 raise ValueError(f"Expected a {label} in [0, 1]; got {share}.")
-        known = ("posterior", "log_evidence", "latent_posterior", "posterior_is_quick")
+        known = (
+            "posterior",
+            "log_evidence",
+            "latent_posterior",
+            "latent_densities",
+            "posterior_is_quick",
+        )
         plain = self.bowl is None and not self.bent
         for name in known if plain else ():  # where points lie says no more than y
             if hasattr(self.base, name):

@@ -8,13 +8,17 @@ Read `gp.py` next for a complete example.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from priors.bends import Bend
+
+if TYPE_CHECKING:
+    from priors.hyperpriors import Hyperpriors
 
 
 class Tasks(NamedTuple):
@@ -77,6 +81,15 @@ class ConditionalPrior(Prior, Protocol):
 
 
 @runtime_checkable
+class PriorAtInputs(Prior, Protocol):
+    """A prior that can draw data sets at given inputs."""
+
+    def sample_at(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Noisy observations (task, n) of tasks of their own at x (task, n, d)."""
+        ...
+
+
+@runtime_checkable
 class ReferencePrior(Prior, Protocol):
     """A prior that knows its exact or reference posterior predictive.
 
@@ -87,6 +100,50 @@ class ReferencePrior(Prior, Protocol):
         self, context: tuple[Tensor, Tensor], x_query: Tensor, latent: bool = False
     ) -> Distribution:
         """The posterior predictive at `x_query`, batch_shape (m,) or (b, m)."""
+        ...
+
+
+class LatentDensity(Protocol):
+    """The posterior density of one task's latents, up to its constant, and what they predict.
+
+    Latents are coordinates t (node, dim), unconstrained and about standard normal a priori. A prior
+    with a choice, of a kernel say, has one such density for each alternative, and all of them
+    together integrate to the evidence.
+    """
+
+    @property
+    def hyper(self) -> Hyperpriors:
+        """What the coordinates mean, and their prior."""
+        ...
+
+    def log_density(self, t: Tensor) -> Tensor:
+        """log p(t, y, alternative | x) in nats, (node,); -inf where it cannot be computed."""
+        ...
+
+    def predict(self, t: Tensor, x_query: Tensor, *, latent: bool = False) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations (node, m) of the normal law of y, or f, at x_query (m, d).
+
+        Args:
+            latent: the noise-free function instead of a new observation.
+        """
+        ...
+
+    def latents(self, t: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """The unknown latents by name as in `Tasks`, (node,) or (node, dim).
+
+        Those that the density has integrated out are drawn from their law given t.
+        """
+        ...
+
+
+@runtime_checkable
+class LatentPrior(Prior, Protocol):
+    """A prior whose data have a likelihood given latents, and a conditional for every query."""
+
+    def latent_densities(
+        self, context: tuple[Any, Any], *, given: Mapping[str, Any] | None = None
+    ) -> Sequence[LatentDensity]:
+        """The densities of one task's latents, one for each alternative that it may have."""
         ...
 
 

@@ -1,0 +1,270 @@
+"""Does a context look like the prior's? Its check against data sets that the prior itself draws.
+
+Six statistics look for what goes wrong in practice: the evidence, and of the residuals of each
+observation given the others the largest, their tails, their size, how it changes from place to
+place, and how alike neighbours are. Each is ranked among those of data sets of the prior at the
+same inputs, standardised in the same way, and so is the smallest of the six p-values. What comes
+out is uniform on the prior's own data, whatever the network's faults, as ranks among exchangeable
+values are.
+
+Reference: Box, Sampling and Bayes' inference in scientific modelling and robustness, J. R. Stat.
+Soc. A 143, 1980, for the evidence; Evans and Moshonov, Checking for prior-data conflict, Bayesian
+Analysis 1, 2006.
+
+Shapes: b tasks, n points, d features, s statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from pfn.evidence import DataSets, left_out, one_step_ahead
+from pfn.network import Network
+from pfn.units import FromContext, context_units, prior_units
+from priors import Prior
+from priors.tasks import PriorAtInputs
+
+if TYPE_CHECKING:
+    from pfn.model import PFN
+
+FOLDS = 5  # of the residuals given the others
+LEAST_POINTS = 4  # below, no data set is unlike another
+LEVEL = 0.05  # of a verdict
+FAR = 0.25  # widths of the box outside it, beyond which no network was trained
+CLIP = 4.0  # of a residual, so that one outlier is no pattern
+
+TAIL = 0.1  # of a statistic's values, whose excess is taken as exponential
+
+IN_WORDS = {
+    "evidence": "as a whole they are less likely under the prior than its own data sets are",
+    "outlier": "row {row} lies {z:.1f} standard deviations from where the other rows put it",
+    "tails": "deviations from what the other rows say have heavier tails than the prior's, most of"
+    " all row {row}, by {z:.1f} standard deviations",
+    "spread": "they lie {spread} what the other rows say than the prior expects",
+    "pattern": "their deviations are larger in one range of feature {feature} than in another",
+    "structure": "neighbours deviate alike, as if the prior's functions could not follow them",
+}
+
+
+class Statistics(NamedTuple):
+    """What is compared, larger where less like the prior, and the residuals behind it."""
+
+    values: Tensor  # (b, s) in the order of IN_WORDS
+    z: Tensor  # (b, n) normal scores of observations given the other folds
+    feature: Tensor  # (b,) the one that residuals' size depends on most
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether a context looks like the prior's data sets, and what speaks against it.
+
+    Attributes:
+        p_value: uniform on (0, 1] if the prior drew the context.
+        verdict: "consistent", or "conflict" where p_value <= 0.05.
+        reason: one sentence, and a second one on inputs far outside the prior's box.
+        p_values: of each statistic, by name, small where it speaks against the prior.
+        z: (n,) normal scores of each observation given four fifths of the others.
+        pit: (n,) their probability integral transforms, uniform on (0, 1).
+        row: the most surprising observation.
+        outside: (n,) how far rows lie outside the box of the prior's inputs, in widths of the box.
+        query_outside: (m,) the same of the query, empty without one.
+        query_distance: (m,) from each query to the nearest row, in widths of the box.
+    """
+
+    p_value: float
+    verdict: str
+    reason: str
+    p_values: dict[str, float]
+    z: Tensor
+    pit: Tensor
+    row: int
+    outside: Tensor
+    query_outside: Tensor
+    query_distance: Tensor
+
+
+def draw_null(
+    pfn: PFN, observed: DataSets, own: FromContext, draws: int, generator: torch.Generator
+) -> DataSets:
+    """Data sets of the prior, mapped as the observed one was to the units of the network.
+
+    Their inputs are those observed where the prior has `sample_at`, and else its own.
+
+    Args:
+        own: which units the observed context set itself.
+
+    Raises:
+        ValueError: a model of curves or without its prior, or a given latent that is no field of
+            the prior's.
+    """
+    if pfn.prior is None or pfn.card.architecture.causal:
+        raise ValueError(
+            f"Expected a model of points in any order that knows its prior; {pfn.card.name!r} is"
+            " not one. For a prior of your own, pfn.load(path, prior=my_prior)."
+        )
+    given = {} if observed.known is None else read_known(pfn, observed.known[0])
+    prior = with_latents(pfn.prior, given)
+    n, d = observed.x.shape[1:]
+    if isinstance(prior, PriorAtInputs):
+        x = observed.x.double().expand(draws, -1, -1)
+        y = prior.sample_at(x, generator=generator)
+    else:
+        drawn = prior.sample(draws, n, d, generator=generator)
+        x, y = drawn.x, drawn.y
+    units = context_units(x, y) if own.y else prior_units(x, y)
+    if not own.x:
+        units = prior_units(x, y)._replace(y_shift=units.y_shift, y_scale=units.y_scale)
+    known, dtype = pfn.read_given(given or None, units, d), observed.y.dtype
+    known = None if known is None else known.to(dtype)
+    return DataSets(units.map_x(x).to(dtype), units.map_y(y).to(dtype), known)
+
+
+def read_known(pfn: PFN, known: Tensor) -> dict[str, Any]:
+    """Latents that are known, in the prior's units, from the network's slots (slots,)."""
+    given: dict[str, Any] = {}
+    config, start = pfn.card.architecture, 0
+    for latent in config.latents:
+        part = known[start : start + config.slots(latent)].double()
+        start += config.slots(latent)
+        part = part[~part.isnan()]
+        if not len(part):
+            continue
+        if latent.categories:
+            given[latent.name] = pfn.card.latent_categories[latent.name][int(part.argmax())]
+            continue
+        value = latent.mean + latent.std * part
+        value = value.exp() if latent.positive else value
+        given[latent.name] = float(value) if len(value) == 1 else value.tolist()
+    return given
+
+
+def with_latents(prior: Prior, given: Mapping[str, Any]) -> Prior:
+    """The prior of tasks whose latents are given."""
+    if not given:
+        return prior
+    fields: Any = dataclasses.fields(cast(Any, prior)) if is_dataclass(prior) else ()
+    own = [field.name for field in fields]
+    varied = [name for name, value in given.items() if isinstance(value, list) or name not in own]
+    if varied:
+        raise ValueError(
+            f"Expected given latents that are fields of the prior, one number each, to check a"
+            f" context; got {varied} of {type(prior).__name__}."
+        )
+    return cast(Prior, dataclasses.replace(cast(Any, prior), **given))
+
+
+def judge(
+    network: Network,
+    observed: DataSets,
+    null: DataSets,
+    x_query: Tensor,
+    generator: torch.Generator,
+) -> Check:
+    """The check of one data set against those of the prior.
+
+    Args:
+        x_query: (m, d), in the network's units.
+    """
+    ours = statistics(network, observed, generator)
+    values = torch.cat([ours.values, statistics(network, null, generator).values])
+    each = tail_probability(values)  # (1 + b, s)
+    smallest = each.amin(1)
+    p_value = float((smallest <= smallest[0]).double().mean())
+    z = ours.z[0].cpu()
+    row = int(z.abs().argmax())
+    words = list(IN_WORDS.values())[int(each[0].argmin())].format(
+        row=row,
+        z=float(z[row].abs()),
+        feature=int(ours.feature[0]),
+        spread="closer to" if z.square().mean() < 1 else "further from",
+    )
+    rows, queries = observed.x[0].double().cpu(), x_query.double().cpu()
+    outside, query_outside = outside_box(rows), outside_box(queries)
+    is_conflict = p_value <= LEVEL
+    reason = (
+        f"These data do not look like the prior's (p = {p_value:.3g}): {words}."
+        if is_conflict
+        else f"These data look like the prior's (p = {p_value:.2g})."
+    )
+    far = int((torch.cat([outside, query_outside]) > FAR).sum())
+    if far:
+        noun = "input lies" if far == 1 else "inputs lie"
+        reason += f" {far} {noun} more than {FAR} widths outside the box that the prior knows."
+    return Check(
+        p_value,
+        "conflict" if is_conflict else "consistent",
+        reason,
+        dict(zip(IN_WORDS, each[0].tolist(), strict=True)),
+        z,
+        torch.special.ndtr(z),
+        row,
+        outside,
+        query_outside,
+        torch.cdist(queries, rows).amin(1),
+    )
+
+
+def statistics(network: Network, data: DataSets, generator: torch.Generator) -> Statistics:
+    """What is compared, of data sets whose rows are first put in random order."""
+    order = torch.rand(data.y.shape, generator=generator, device=data.y.device).argsort(1)
+    x = data.x.gather(1, order.unsqueeze(-1).expand_as(data.x))
+    y = data.y.gather(1, order)
+    evidence = one_step_ahead(network, x, y, data.known).log_prob.sum(1)
+    z = left_out(network, x, y, data.known, FOLDS).z
+    size, square = z.abs(), z.square().mean(1)
+    drift = torch.stack([_drift(size, column) for column in x.unbind(-1)], 1)  # (b, d)
+    pattern, feature = drift.max(1)
+    values = [
+        -evidence,
+        size.amax(1),
+        z.pow(4).mean(1) / square.square(),
+        square.log().abs(),
+        pattern,
+        _likeness(z, x),
+    ]
+    return Statistics(torch.stack(values, 1), z.gather(1, order.argsort(1)), feature)
+
+
+def tail_probability(values: Tensor) -> Tensor:
+    """Of each value of a column (k, s), about the share of values that are as large, (k, s).
+
+    Ranks, but in the largest tenth an exponential law with their median excess, so that values far
+    from all others count as further. The same function of all rows, so it keeps them exchangeable.
+    """
+    shares = (values.unsqueeze(0) >= values.unsqueeze(1)).double().mean(1)
+    start = values.quantile(1 - TAIL, dim=0)
+    excess = values - start
+    typical = excess.where(excess > 0, torch.nan).nanmedian(0).values / math.log(2)
+    typical = typical.nan_to_num(1.0).clamp_min(1e-12)
+    return torch.where(excess > 0, TAIL * (-excess / typical).exp(), shares)
+
+
+def _likeness(z: Tensor, x: Tensor) -> Tensor:
+    """Mean product of residuals (b, n) with that of the nearest point, over their square, (b,)."""
+    apart = torch.cdist(x, x)
+    apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    clipped = z.clamp(-CLIP, CLIP)
+    return (clipped * clipped.gather(1, apart.argmin(2))).mean(1) / clipped.square().mean(1)
+
+
+def _drift(size: Tensor, x: Tensor) -> Tensor:
+    """How far sums of residuals' sizes (b, n), in order of x, stray from a straight line, (b,).
+
+    Reference: Brown, Durbin and Evans, J. R. Stat. Soc. B 37, 1975, the CUSUM of squares.
+    """
+    size = size.clamp_max(CLIP).gather(1, x.argsort(1))
+    centred = size - size.mean(1, keepdim=True)
+    scale = centred.square().sum(1).sqrt().clamp_min(torch.finfo(size.dtype).tiny)
+    return centred.cumsum(1).abs().amax(1) / scale
+
+
+def outside_box(x: Tensor) -> Tensor:
+    """How far x (n, d) lies outside the unit box, (n,), in its widths: 0 inside."""
+    return torch.maximum(-x, x - 1).clamp_min(0).square().sum(-1).sqrt()

@@ -1,0 +1,157 @@
+"""The check against the prior: calibrated on its data, and with power where a person sees it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import pfn
+from pfn.conflict import outside_box, tail_probability
+from pfn.diagnostics import ks_test
+from priors import BNN, GaussianProcess, Tasks
+
+
+@pytest.fixture(scope="module")
+def model() -> pfn.PFN:
+    return pfn.load("gp-1d")
+
+
+def test_p_values_are_uniform_on_the_priors_own_data(model: pfn.PFN) -> None:
+    tasks = model.prior.sample(120, 8, 1, generator=torch.Generator().manual_seed(0))
+    p_values = torch.tensor(
+        [
+            model.condition((x, y)).check(draws=19, seed=i).p_value
+            for i, (x, y) in enumerate(zip(tasks.x, tasks.y, strict=True))
+        ]
+    )
+    # a rank among 20, at random within its step
+    jitter = torch.rand(120, generator=torch.Generator().manual_seed(1)) / 20
+    assert ks_test((p_values - jitter).clamp(0, 1)).p_value > 1e-3
+
+
+def smooth(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, a smooth function with spread 1, and standard normal noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, dtype=torch.float64, generator=generator)
+    f = torch.sin(2 * torch.pi * (x + seed / 7)) * 1.4
+    return x, f, torch.randn(n, dtype=torch.float64, generator=generator)
+
+
+def an_outlier(x: Tensor, f: Tensor, e: Tensor) -> Tensor:
+    y = f + 0.1 * e
+    y[7] += 2.0
+    return y
+
+
+def noise_on_the_right(x: Tensor, f: Tensor, e: Tensor) -> Tensor:
+    return f + torch.where(x > 0.5, 0.6, 0.03) * e
+
+
+def a_jump(x: Tensor, f: Tensor, e: Tensor) -> Tensor:
+    return f + 0.05 * e + 5.0 * (x > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("misfit", "named"),
+    [(an_outlier, "outlier"), (noise_on_the_right, "pattern"), (a_jump, "tails")],
+)
+def test_misfits_are_caught(model: pfn.PFN, misfit, named: str) -> None:
+    x, f, e = smooth(50, 1)
+    check = model.condition((x, misfit(x, f, e))).check()
+    assert check.verdict == "conflict"
+    assert check.p_values[named] <= 0.01
+
+
+def test_a_tail_probability_is_a_rank_that_goes_on_beyond_the_largest() -> None:
+    values = torch.linspace(0, 1, 1000).unsqueeze(1)
+    shares = tail_probability(values).squeeze(1)
+    torch.testing.assert_close(shares[:900], 1 - torch.arange(900) / 1000, check_dtype=False)
+    assert bool((shares.diff() <= 0).all())
+    far = tail_probability(torch.cat([values, torch.tensor([[9.0]])]))
+    assert float(far[-1]) < 1e-6
+
+
+def test_smooth_data_are_consistent(model: pfn.PFN) -> None:
+    assert model.condition(smooth_data(1)).check().verdict == "consistent"
+
+
+def smooth_data(seed: int) -> tuple[Tensor, Tensor]:
+    x, f, e = smooth(50, seed)
+    return x, f + 0.1 * e
+
+
+def test_the_row_that_surprises_is_named(model: pfn.PFN) -> None:
+    x, f, e = smooth(50, 0)
+    check = model.condition((x, an_outlier(x, f, e))).check()
+    assert check.row == 7
+    assert "row 7" in check.reason
+    assert check.z.shape == check.pit.shape == (50,)
+    assert min(float(check.pit[7]), 1 - float(check.pit[7])) < 1e-3
+
+
+def test_distances_of_the_query_are_told(model: pfn.PFN) -> None:
+    x, f, e = smooth(30, 0)
+    fitted = model.condition((10 + 5 * x, f + 0.1 * e), bounds=[[10.0], [15.0]])
+    check = fitted.check([12.0, 17.5], draws=19)
+    torch.testing.assert_close(check.query_outside, torch.tensor([0.0, 0.5]).double())
+    assert check.query_distance[1] > 0.49
+    assert "1 input lies more than 0.25 widths outside" in check.reason
+    assert not check.outside.any()
+    far = outside_box(torch.tensor([[0.5, 0.5], [-0.3, 1.4], [2.0, 0.0]]))
+    torch.testing.assert_close(far, torch.tensor([0.0, 0.5, 1.0]))
+
+
+def test_a_wrong_noise_that_is_given_is_caught(model: pfn.PFN) -> None:
+    x, f, e = smooth(60, 1)
+    y = f + 0.3 * e
+    right = model.condition((x, y), standardize=False, given={"noise": 0.09}).check()
+    wrong = model.condition((x, y), standardize=False, given={"noise": 2.0}).check()
+    assert right.verdict == "consistent"
+    assert wrong.verdict == "conflict"
+
+
+class Lines:
+    """A prior of someone's own: it cannot draw at given inputs."""
+
+    def sample(self, batch: int, n: int, d: int, *, generator: torch.Generator) -> Tasks:
+        x = torch.rand(batch, n, d, generator=generator)
+        f = torch.randn(batch, 1, generator=generator) * x.sum(-1)
+        return Tasks(x, f + 0.1 * torch.randn(batch, n, generator=generator), f, {})
+
+
+def test_a_prior_that_only_samples_is_checked_at_its_own_inputs() -> None:
+    loaded = pfn.load("pretrained/small/linear")
+    model = pfn.PFN(loaded.transformer, loaded.card, Lines())
+    x, generator = torch.linspace(0, 1, 30), torch.Generator().manual_seed(0)
+    straight = model.condition((x, 2 * x + 0.1 * torch.randn(30, generator=generator))).check()
+    bent = model.condition((x, torch.sin(20 * x))).check()
+    assert straight.verdict == "consistent"
+    assert bent.verdict == "conflict"
+    assert bent.p_values["structure"] <= 0.01
+
+
+@pytest.mark.parametrize("prior", [GaussianProcess(), BNN()])
+def test_priors_draw_at_given_inputs_as_they_sample(prior) -> None:
+    """The distribution of y_1 y_2 at two inputs is that of samples that happen to lie there."""
+    x = torch.tensor([[0.2], [0.9]], dtype=torch.float64).expand(4000, 2, 1)
+    generator = torch.Generator().manual_seed(0)
+    y = prior.sample_at(x, generator=generator)
+    process = prior.draw_process(4000, 1, generator=generator)
+    expected = (
+        process.covariance(x, x).diagonal(dim1=1, dim2=2) + process.noise.unsqueeze(1)
+    ).mean()
+    expected = expected + process.mean.square().mean()
+    error = y.square().mean(1).std() / 4000**0.5
+    assert float((y.square().mean() - expected).abs()) < 5 * float(error)
+
+
+def test_bad_requests(model: pfn.PFN) -> None:
+    with pytest.raises(ValueError, match="at least 4 points to check; got 1 of 3"):
+        model.condition(([0.1, 0.2, 0.3], [0.0, 1.0, 2.0])).check()
+    with pytest.raises(ValueError, match="got 2 of 5"):
+        model.condition((torch.rand(2, 5, 1), torch.rand(2, 5))).check()
+    fitted = model.condition((torch.rand(9), torch.rand(9)))
+    with pytest.raises(ValueError, match="at least 19 draws"):
+        fitted.check(draws=10)
+    stranger = pfn.PFN(model.transformer, model.card, None)
+    with pytest.raises(ValueError, match="knows its prior"):
+        stranger.condition((torch.rand(9), torch.rand(9))).check()

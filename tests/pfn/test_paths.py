@@ -1,0 +1,172 @@
+"""Joint draws: a walk is the network's own buffer, and draws have the posterior's covariance."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+import pfn
+from pfn.paths import MOST
+from pfn.rollout import ExpertsWalk, Rollout
+
+GRID = torch.linspace(0.02, 0.98, 12, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def model() -> pfn.PFN:
+    return pfn.load("gp-1d")
+
+
+def a_task(model: pfn.PFN, n: int, m: int, d: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tasks = model.prior.sample(1, n + m, d, generator=generator)
+    return tasks.x, tasks.y
+
+
+@pytest.mark.parametrize(("name", "d"), [("gp-1d", 1), ("gp", 3), ("bnn", 2)])
+@torch.no_grad()
+def test_a_walk_says_what_decode_says_of_the_same_buffer(name: str, d: int) -> None:
+    model = pfn.load(name)
+    network = model.transformer
+    x, y = (part.float() for part in a_task(model, 15, 10, d))
+    encoded = network.encode(x[:, :15], y[:, :15])
+    grid, values = x[0, 15:], y[0, 15:]
+    order = torch.stack([torch.randperm(10), torch.arange(10)])
+    told = encoded.scaling.apply(values.unsqueeze(0))[0][order]
+    walk = Rollout(network, encoded, grid, order)
+    steps = [network.mixture_y(walk.step(None if j == 0 else told[:, j - 1])) for j in range(10)]
+    final = network.decode(
+        encoded.repeat(2),
+        grid[order],
+        buffer=(grid[order], values[order]),
+        visible=torch.arange(10),
+    )
+    for ours, theirs in zip(zip(*steps, strict=True), network.mixture_y(final), strict=True):
+        torch.testing.assert_close(torch.cat(ours, 1), theirs, atol=2e-5, rtol=2e-5)
+    everywhere = network.mixture_f(walk.finish(told[:, -1]))
+    final = network.decode(
+        encoded.repeat(2),
+        grid.expand(2, -1, -1),
+        buffer=(grid[order], values[order]),
+        visible=torch.full((10,), 10),
+    )
+    for ours, theirs in zip(everywhere, network.mixture_f(final), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_residuals_have_an_experts_covariance_given_the_walk(model: pfn.PFN) -> None:
+    x, y = (part.float() for part in a_task(model, 8, 10))
+    encoded = model.transformer.encode(x[:, :8], y[:, :8])
+    generator = torch.Generator().manual_seed(1)
+    draws, order = 20_000, torch.tensor([7, 2, 5])
+    walk = ExpertsWalk(encoded.solved, x[0, 8:], order.expand(draws, -1))
+    chosen = torch.full((draws,), 4)
+    residual = walk.residuals(chosen, noisy=False, generator=generator)
+    left, noise = walk._left[4], walk._noise[4]
+    inverse = torch.linalg.inv(left[order][:, order] + noise * torch.eye(3))
+    covariance = left - left[:, order] @ inverse @ left[order]
+    std = covariance.diagonal().sqrt()
+    # standard errors of correlations are at most 1 / sqrt(draws) = 0.007
+    correlation = covariance / std / std.unsqueeze(-1)
+    torch.testing.assert_close(torch.cov(residual.T), correlation, atol=0.035, rtol=0)
+    noisy = walk.residuals(chosen, noisy=True, generator=generator)
+    std = (covariance.diagonal() + noise).sqrt()
+    expected = (covariance + noise * torch.eye(10)) / std / std.unsqueeze(-1)
+    torch.testing.assert_close(torch.cov(noisy.T), expected, atol=0.035, rtol=0)
+
+
+def covariance_of(posterior: Distribution) -> Tensor:
+    """Of a mixture of joint normals, (m, m)."""
+    weights = posterior.mixture_distribution.probs
+    each = posterior.component_distribution
+    spread = each.mean - posterior.mean
+    outer = spread.unsqueeze(-1) * spread.unsqueeze(-2)
+    return (weights[:, None, None] * (each.covariance_matrix + outer)).sum(0)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_joint_draws_have_the_exact_posteriors_covariance(model: pfn.PFN, latent: bool) -> None:
+    errors = []
+    for seed in range(5):
+        x, y = a_task(model, 30, 0, seed=seed)
+        context = x[0], y[0]
+        exact = covariance_of(model.prior.posterior(context, GRID, latent=latent, joint=True))
+        fitted = model.condition(context, standardize=False)
+        paths = fitted.sample_paths(GRID, 1500, latent=latent, seed=seed)
+        errors.append(float((torch.cov(paths.T) - exact).norm() / exact.norm()))
+    # 1500 exact draws err by 0.05 to 0.09; independent draws of each point by 0.5 and more
+    assert sum(errors) / 5 < 0.2
+
+
+def test_draws_of_the_function_have_the_variance_of_its_predictive(model: pfn.PFN) -> None:
+    x, y = a_task(model, 12, 0, seed=3)
+    fitted = model.condition((x[0], y[0]), standardize=False)
+    paths = fitted.sample_paths(GRID, 1000, latent=True)
+    predictive = fitted.predict(GRID, latent=True)
+    error = (paths.mean(0) - predictive.mean).abs() / predictive.stddev
+    assert float(error.max()) < 0.2  # 0.03 by chance, and what coherence lacks
+    assert float((paths.var(0) / predictive.variance).log().abs().mean()) < 0.2
+
+
+def test_functions_are_smoother_than_observations(model: pfn.PFN) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(40, dtype=torch.float64, generator=generator)
+    y = torch.sin(6 * x) + 0.3 * torch.randn(40, dtype=torch.float64, generator=generator)
+    fitted = model.condition((x, y))
+    query = torch.linspace(0, 1, 60, dtype=torch.float64)
+    rough = [fitted.sample_paths(query, 30, latent=f).diff(dim=1).square().mean() for f in (0, 1)]
+    assert rough[0] > 10 * rough[1]
+
+
+def test_paths_are_in_the_units_of_the_data(model: pfn.PFN) -> None:
+    x, y = a_task(model, 10, 0)
+    x, y = x[0], y[0]
+    paths = model.condition((x, y)).sample_paths([0.3, 0.6], 20)
+    moved = model.condition((5 + 3 * x, 7 - 0 * y + 10 * y)).sample_paths([5.9, 6.8], 20)
+    torch.testing.assert_close(moved, 7 + 10 * paths, rtol=1e-3, atol=1e-2)
+
+
+def test_draws_follow_the_seed_alone_and_take_the_queries_shape(model: pfn.PFN) -> None:
+    fitted = model.condition(([0.1, 0.5, 0.9], [0.0, 1.0, 0.3]))
+    query = torch.tensor([0.2, 0.4])
+    first = fitted.sample_paths(query, 5)
+    assert first.shape == (5, 2)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, fitted.sample_paths(query, 5))
+    assert not torch.equal(first, fitted.sample_paths(query, 5, seed=1))
+    assert fitted.sample_paths(torch.rand(2, 1).double()).shape == (256, 2)
+    batch = model.condition((torch.rand(3, 6, 1), torch.rand(3, 6)))
+    assert batch.sample_paths(torch.rand(3, 4, 1), 7).shape == (7, 3, 4)
+    assert model.condition(([], [])).sample_paths([0.2, 0.4], 5).shape == (5, 2)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_more_points_than_a_draw_visits(model: pfn.PFN, latent: bool) -> None:
+    x, y = a_task(model, 20, 0)
+    fitted = model.condition((x[0], y[0]), standardize=False)
+    query = torch.linspace(0, 1, MOST + 72)
+    paths = fitted.sample_paths(query, 120, latent=latent)
+    spread = paths.var(0) / fitted.predict(query, latent=latent).variance
+    assert paths.shape == (120, MOST + 72)
+    assert float(spread.mean()) == pytest.approx(1.0, abs=0.25)
+
+
+def test_added_points_are_seen(model: pfn.PFN) -> None:
+    x, y = a_task(model, 25, 0)
+    x, y = x[0], y[0]
+    extended = model.condition((x[:20], y[:20]), standardize=False).extend(x[20:], y[20:])
+    paths = extended.sample_paths(x[20:23], 400, latent=True)
+    error = (paths.mean(0) - extended.predict(x[20:23], latent=True).mean) / paths.std(0)
+    assert float(error.abs().max()) < 0.3
+
+
+def test_bad_requests(model: pfn.PFN) -> None:
+    fitted = model.condition(([0.1, 0.5, 0.9], [0.0, 1.0, 0.3]))
+    with pytest.raises(ValueError, match="at least 1 draw; got draws=0"):
+        fitted.sample_paths([0.2], 0)
+    with pytest.raises(ValueError, match="query"):
+        fitted.sample_paths(torch.rand(4, 2))
+    curves = pfn.load("curves").condition(([0.1, 0.2], [0.3, 0.4]), standardize=False)
+    with pytest.raises(ValueError, match=r"surrogates\.extrapolate"):
+        curves.sample_paths([0.5])
