@@ -30,10 +30,19 @@ from rich.table import Table
 from torch import Tensor
 
 from pfn import __version__
+from pfn.audits import FULL, AuditSizes, audit, histogram, in_words
 from pfn.card import write_atomically, write_card
-from pfn.diagnostics import interval_coverage, ks_test
+from pfn.diagnostics import (
+    ecdf_test,
+    expected_coverage,
+    interval_coverage,
+    ks_test,
+    tarp_coverage,
+)
+from pfn.fresh_tasks import Progress, Report, Split, draw_tasks
 from pfn.library import find, load
 from pfn.model import PFN
+from pfn.predictive import Predictive
 from priors import Prior, ReferencePrior, to_config
 from priors.tasks import knows_posterior
 
@@ -44,26 +53,7 @@ SIZES_OF_ONE = (*SIZES, 200)  # where a network has one feature
 FEATURES = (1, 2, 5, 12)
 GROUP = 8  # coverage tasks that share a shape, hence a pass through the network
 CHUNK = 32  # tasks per pass: bounds memory
-
-
-class Progress(NamedTuple):
-    """What long work reports to people."""
-
-    stage: str
-    done: int
-    total: int
-
-
-Report = Callable[[Progress], None]
-
-
-class Split(NamedTuple):
-    """Prior tasks cut into context and queries."""
-
-    x: Tensor  # (task, n, dim)
-    y: Tensor  # (task, n)
-    x_query: Tensor  # (task, query, dim)
-    y_query: Tensor  # (task, query)
+DRAWS = 99  # of a predictive, among which the truth is ranked
 
 
 class Reference(NamedTuple):
@@ -108,18 +98,20 @@ def certify(
     seed: int = 0,
     cells: Sequence[Cell] | None = None,
     coverage_tasks: int = 1000,
+    audits: AuditSizes | None = FULL,
     references: Path | None = None,
     workers: int = 1,
     command: str = "",
     report: Report = lambda progress: None,
 ) -> dict[str, Any]:
-    """The certificate: gap to the reference posterior, interval coverage, latency, as numbers.
+    """The certificate: gap to the reference posterior, coverage, audits, latency, as numbers.
 
     Args:
         tasks: per cell; 200 for a network of one feature, else 30.
         queries: per task.
         cells: pairs (n, d); by default `default_cells` of the network.
         coverage_tasks: tasks behind the coverage, which needs no reference.
+        audits: how many tasks are behind each of `audits.py`; None leaves them out.
         references: a folder that keeps references; None computes them and forgets.
         workers: processes that compute references.
         command: what a reader types to measure this again.
@@ -165,6 +157,7 @@ def certify(
         "versions": {"pfn": __version__, "torch": torch.__version__},
         "gap": gap,
         "coverage": _coverage(pfn, pfn.prior, coverage_tasks, seed, report),
+        **({} if audits is None else audit(pfn, pfn.prior, audits, seed, report)),
         "latency": _latency(pfn, pfn.prior, seed, report),
     }
 
@@ -224,34 +217,6 @@ def compute_references(
     return found
 
 
-def draw_tasks(
-    prior: Prior,
-    n: int,
-    d: int,
-    *,
-    tasks: int,
-    queries: int,
-    seed: int,
-    first: int = 0,
-    purpose: str = "gap",
-) -> Split:
-    """Tasks `first` to `first + tasks - 1` of a cell; task i is a function of (seed, n, d, i)."""
-    drawn = []
-    for i in range(first, first + tasks):
-        name = f"certificate/{purpose}/{seed}/{n}/{d}/{i}"
-        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        task = prior.sample(1, n + queries, d, generator=generator)
-        if task.num_context is not None and task.num_context < n:
-            raise ValueError(
-                f"Expected cells with at most {task.num_context} context points, as this prior"
-                f" allows among {n + queries}; got n = {n}."
-            )
-        drawn.append((task.x, task.y))
-    x, y = (torch.cat(part) for part in zip(*drawn, strict=True))
-    return Split(x[:, :n], y[:, :n], x[:, n:], y[:, n:])
-
-
 def gap_by_cell(
     pfn: PFN,
     prior: Prior,
@@ -306,9 +271,12 @@ def _coverage(
     """Coverage and PIT in the prior's units and standardised, over n log-uniform and d uniform."""
     groups = math.ceil(tasks / GROUP)
     largest = pfn.card.max_context
-    pit: dict[bool, list[Tensor]] = {False: [], True: []}
+    units = [False, True]
     if pfn.card.architecture.causal:  # whose units are the prior's
-        del pit[True]
+        units.remove(True)
+    pit: dict[bool, list[Tensor]] = {standardize: [] for standardize in units}
+    ranks: dict[bool, list[Tensor]] = {standardize: [] for standardize in units}
+    generator = torch.Generator().manual_seed(seed)
     for group in range(groups):
         n = round((largest + 1) ** ((group + 0.5) / groups)) - 1
         d = 1 + group % pfn.card.d_range[1]
@@ -322,25 +290,56 @@ def _coverage(
             first=group * GROUP,
             purpose="coverage",
         )
-        for standardize, values in pit.items():
+        for standardize in units:
             context = (drawn.x, drawn.y)
             predictive = pfn.predict(context, drawn.x_query, standardize=standardize)
-            values.append(predictive.cdf(drawn.y_query).cpu())
+            pit[standardize].append(predictive.cdf(drawn.y_query).cpu())
+            ranks[standardize].append(_ranks(predictive[:, 0], drawn, generator))
         report(Progress("coverage", group + 1, groups))
     result = []
-    for standardize, values in pit.items():
-        everything = torch.cat(values)[:tasks]
-        test = ks_test(everything[:, 0])  # one query per task: independent
+    for standardize in units:
+        everything = torch.cat(pit[standardize])[:tasks]
+        first = everything[:, 0]  # one query per task: independent
+        density, distance = torch.cat(ranks[standardize])[:tasks].T
         result.append(
             {
                 "standardize": standardize,
                 "tasks": tasks,
                 "queries": queries,
                 "intervals": [item._asdict() for item in interval_coverage(everything)],
-                "pit": {"values": tasks, **test._asdict()},
+                "pit": _uniformity(first),
+                "expected_coverage": _uniformity(density),
+                "tarp": _uniformity(distance),
             }
         )
     return result
+
+
+def _ranks(predictive: Predictive, drawn: Split, generator: torch.Generator) -> Tensor:
+    """Of the first query's truth among draws: its density's rank, and that of its distance from the
+    nearest observation, (task, 2). A posterior that ignores its data fails the second."""
+    truth, draws = drawn.y_query[:, 0], predictive.sample((DRAWS,), generator=generator).cpu()
+    log_prob = predictive.log_prob(draws.to(predictive.means.device)).cpu()
+    ours = predictive.log_prob(truth.to(predictive.means.device)).cpu()
+    reference = torch.zeros_like(truth)
+    if drawn.x.shape[1]:
+        nearest = (drawn.x - drawn.x_query[:, :1]).square().sum(-1).argmin(1, keepdim=True)
+        reference = drawn.y.gather(1, nearest).squeeze(1)
+    distance = tarp_coverage(
+        draws.unsqueeze(-1), truth.unsqueeze(-1), reference.unsqueeze(-1), generator=generator
+    )
+    return torch.stack([expected_coverage(log_prob, ours, generator=generator), distance], 1)
+
+
+def _uniformity(values: Tensor) -> dict[str, Any]:
+    """Tests of independent values that an exact posterior makes uniform, and their histogram."""
+    test = ks_test(values)
+    return {
+        "values": len(values),
+        **test._asdict(),
+        "ecdf_p_value": ecdf_test(values).p_value,
+        "histogram": histogram(values),
+    }
 
 
 def _latency(pfn: PFN, prior: Prior, seed: int, report: Report) -> dict[str, Any]:
@@ -377,6 +376,8 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
     else:
         page.add_row(_gap_table(certificate["gap"]))
     page.add_row(_coverage_table(certificate["coverage"]))
+    if certificate.get("coherence"):
+        page.add_row(_audit_table(certificate))
     page.add_row(_latency_table(certificate["latency"]))
     return page
 
@@ -412,6 +413,18 @@ def _coverage_table(coverage: list[dict[str, Any]]) -> Table:
             ),
             f"{row['pit']['p_value']:.2g}",
         )
+    return table
+
+
+def _audit_table(certificate: dict[str, Any]) -> Table:
+    table = Table(title="Audits", title_justify="left", show_header=False)
+    for name, value in in_words(certificate):
+        table.add_row(name, value)
+    for row in certificate["latents"] or []:
+        table.add_row(f"Posterior of {row['latent']}: uniform, p", f"{row['p_value']:.2g}")
+    for row in certificate["given"] or []:
+        value = f"{row['mean']:.4f} ± {row['standard_error']:.4f}"
+        table.add_row(f"Gap where the noise is known, n = {row['n']}", value)
     return table
 
 

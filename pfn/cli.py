@@ -211,18 +211,24 @@ def certify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that compute references.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw the reliability page.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure gap, calibration and speed.
+    """Measure gap, calibration, coherence and speed.
 
     The gap is to the exact posterior of the prior. All goes into the checkpoint's card.
     """
     from rich.console import Console
     from rich.progress import Progress
 
-    from pfn.certify import Progress as Done
+    from pfn.card import read_card
     from pfn.certify import certificate_table, certify_checkpoint
+    from pfn.fresh_tasks import Progress as Done
+    from pfn.library import find
     from pfn.recipe import load_prior
+    from pfn.reliability import plot_certificate
+
+    _check_outputs(None, plot)
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -241,6 +247,9 @@ def certify(
             command=_command(),
             report=report,
         )
+    if plot:
+        page = plot_certificate(read_card(find(model)))
+        page.savefig(plot, dpi=110)
     if as_json:
         typer.echo(json.dumps(certificate, indent=1))
     else:

@@ -174,12 +174,10 @@ def judge(
     """
     ours = statistics(network, observed, generator)
     values = torch.cat([ours.values, statistics(network, null, generator).values])
-    each = tail_probability(values)  # (1 + b, s)
-    smallest = each.amin(1)
-    p_value = float((smallest <= smallest[0]).double().mean())
+    p_value, each = rank(values)
     z = ours.z[0].cpu()
     row = int(z.abs().argmax())
-    words = list(IN_WORDS.values())[int(each[0].argmin())].format(
+    words = list(IN_WORDS.values())[int(each.argmin())].format(
         row=row,
         z=float(z[row].abs()),
         feature=int(ours.feature[0]),
@@ -201,7 +199,7 @@ def judge(
         p_value,
         "conflict" if is_conflict else "consistent",
         reason,
-        dict(zip(IN_WORDS, each[0].tolist(), strict=True)),
+        dict(zip(IN_WORDS, each.tolist(), strict=True)),
         z,
         torch.special.ndtr(z),
         row,
@@ -230,6 +228,13 @@ def statistics(network: Network, data: DataSets, generator: torch.Generator) -> 
         _likeness(z, x),
     ]
     return Statistics(torch.stack(values, 1), z.gather(1, order.argsort(1)), feature)
+
+
+def rank(values: Tensor) -> tuple[float, Tensor]:
+    """The p-value of the first of exchangeable rows (k, s), and those of its columns (s,)."""
+    each = tail_probability(values)
+    smallest = each.amin(1)
+    return float((smallest <= smallest[0]).double().mean()), each[0]
 
 
 def tail_probability(values: Tensor) -> Tensor:

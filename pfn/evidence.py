@@ -60,15 +60,27 @@ def log_evidence(
     if network.config.causal:  # whose points have one order
         each = one_step_ahead(network, x, y, known).log_prob.sum(1)
         return Evidence(each, torch.zeros_like(each), torch.zeros_like(each))
-    shuffled = []
-    for _ in range(orders):
-        order = torch.rand(b, n, generator=generator, device=y.device).argsort(1)
-        ordered = x.gather(1, order.unsqueeze(-1).expand_as(x)), y.gather(1, order)
-        shuffled.append(one_step_ahead(network, *ordered, known).log_prob.sum(1))
-    each = torch.stack(shuffled)  # (o, b)
+    each = chain_rule(network, x, y, known, orders, generator)
     value = each.logsumexp(0) - math.log(orders)
     spread = each.std(0) if orders > 1 else torch.full_like(value, math.nan)
     return Evidence(value, spread / math.sqrt(orders), spread)
+
+
+def chain_rule(
+    network: Network,
+    x: Tensor,
+    y: Tensor,
+    known: Tensor | None,
+    orders: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """The log densities (o, b) that random orders of the points give the whole of them."""
+    each = []
+    for _ in range(orders):
+        order = torch.rand(y.shape, generator=generator, device=y.device).argsort(1)
+        ordered = x.gather(1, order.unsqueeze(-1).expand_as(x)), y.gather(1, order)
+        each.append(one_step_ahead(network, *ordered, known).log_prob.sum(1))
+    return torch.stack(each)
 
 
 class Ahead(NamedTuple):
@@ -94,7 +106,9 @@ def left_out(network: Network, x: Tensor, y: Tensor, known: Tensor | None, folds
     n = y.shape[1]
     fold = torch.arange(n, device=y.device) % folds
     parts = [
-        _predict(network, x[:, fold != k], y[:, fold != k], known, x[:, fold == k], y[:, fold == k])
+        predict_points(
+            network, x[:, fold != k], y[:, fold != k], known, x[:, fold == k], y[:, fold == k]
+        )
         for k in range(min(folds, n))
     ]
     place = torch.cat([(fold == k).nonzero().squeeze(1) for k in range(min(folds, n))]).argsort()
@@ -103,7 +117,7 @@ def left_out(network: Network, x: Tensor, y: Tensor, known: Tensor | None, folds
 
 def _ahead(network: Network, x: Tensor, y: Tensor, known: Tensor | None) -> Ahead:
     parts = [
-        _predict(network, x[:, :a], y[:, :a], known, x[:, a:z], y[:, a:z], one_by_one=True)
+        predict_points(network, x[:, :a], y[:, :a], known, x[:, a:z], y[:, a:z], one_by_one=True)
         for a, z in _blocks(y.shape[1], whole=network.config.causal)
     ]
     return Ahead(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
@@ -118,7 +132,7 @@ def _blocks(n: int, *, whole: bool) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _predict(
+def predict_points(
     network: Network,
     x: Tensor,
     y: Tensor,

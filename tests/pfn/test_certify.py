@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pfn import __version__ as pfn_version
+from pfn.audits import AuditSizes
 from pfn.card import ModelCard, read_card, save_checkpoint
 from pfn.certify import (
-    Progress,
     certificate_table,
     certify,
     certify_checkpoint,
     compute_references,
     default_cells,
-    draw_tasks,
 )
+from pfn.fresh_tasks import Progress, draw_tasks
 from pfn.model import PFN
 from pfn.predictive import Predictive
 from pfn.transformer import Transformer, TransformerConfig
@@ -31,6 +31,15 @@ from priors import GaussianProcess, Tasks
 
 NOISE = 0.25  # variance
 MASSES = (0.5, 0.8, 0.9, 0.95)
+FEW = AuditSizes(
+    evidence_tasks=3,
+    evidence_points=8,
+    orders=2,
+    martingale_tasks=3,
+    martingale_draws=4,
+    designs=2,
+    tasks_per_design=2,
+)
 
 
 class Level:
@@ -118,7 +127,7 @@ def tiny_card(network: Transformer, prior: dict[str, Any] | None = None) -> Mode
 
 
 def test_exact_predictions_have_no_gap_and_nominal_coverage() -> None:
-    certificate = certify(Oracle(Level()), tasks=20, queries=16, seed=1)
+    certificate = certify(Oracle(Level()), tasks=20, queries=16, seed=1, audits=None)
     gap = certificate["gap"]
     # float64 through different formulas: rounding, not statistics
     assert abs(gap["mean"]) < 1e-12
@@ -135,7 +144,8 @@ def test_exact_predictions_have_no_gap_and_nominal_coverage() -> None:
 
 def test_narrow_predictions_show_the_gap_and_coverage_that_formulas_give() -> None:
     s = 0.8
-    certificate = certify(Oracle(Level(), spread=s), tasks=150, queries=16, cells=[(5, 1), (20, 2)])
+    oracle, cells = Oracle(Level(), spread=s), [(5, 1), (20, 2)]
+    certificate = certify(oracle, tasks=150, queries=16, cells=cells, audits=None)
     expected = math.log(s) + (s**-2 - 1) / 2  # KL(Normal(m, 1) || Normal(m, s^2)) = 0.058
     gap = certificate["gap"]
     assert 0 < gap["standard_error"] < 0.01
@@ -162,6 +172,7 @@ def test_standard_error_of_the_gap_is_over_tasks() -> None:
             cells=[(5, 1), (20, 1)],
             seed=seed,
             coverage_tasks=8,
+            audits=None,
         )["gap"]
         means.append(gap["mean"])
         errors.append(gap["standard_error"])
@@ -243,6 +254,7 @@ def test_a_reference_without_a_finite_density_is_an_error() -> None:
 def test_the_error_that_a_reference_states_shrinks_with_independent_tasks() -> None:
     cells = [(3, 1), (6, 1)]
     options: dict[str, Any] = {"tasks": 9, "queries": 6, "cells": cells, "coverage_tasks": 8}
+    options["audits"] = None
     gap = certify(Oracle(NoisyLevel()), **options)["gap"]
     for cell in gap["cells"]:
         assert cell["reference_error"] == pytest.approx(0.06 / 3)
@@ -260,6 +272,7 @@ def test_an_untrained_network_gets_a_certificate_that_json_can_hold() -> None:
         tasks=40,
         queries=8,
         coverage_tasks=40,
+        audits=FEW,
         command="pfn certify tiny",
         report=reports.append,
     )
@@ -273,7 +286,8 @@ def test_an_untrained_network_gets_a_certificate_that_json_can_hold() -> None:
         latency["reference_seconds"] / latency["predict_seconds"]
     )
     stages = {item.stage for item in reports}
-    assert {"gap", "coverage", "latency", "references, n = 5, d = 1"} == stages - {
+    audits = {"martingale", "orders", "buffer", "conflict"}
+    assert {"gap", "coverage", "latency", "references, n = 5, d = 1"} | audits == stages - {
         f"references, n = {n}, d = {d}" for n, d in [(20, 1), (5, 2), (20, 2)]
     }
     for item in reports:
@@ -282,7 +296,9 @@ def test_an_untrained_network_gets_a_certificate_that_json_can_hold() -> None:
 
 def test_a_prior_without_posterior_gets_coverage_only() -> None:
     network = tiny_network()
-    certificate = certify(PFN(network, tiny_card(network), SampleOnly()), coverage_tasks=16)
+    certificate = certify(
+        PFN(network, tiny_card(network), SampleOnly()), coverage_tasks=16, audits=None
+    )
     assert certificate["gap"] is None
     assert certificate["latency"]["reference_seconds"] is None
     assert len(certificate["coverage"]) == 2
@@ -290,7 +306,7 @@ def test_a_prior_without_posterior_gets_coverage_only() -> None:
 
 
 def test_the_certificate_is_printed_as_a_table() -> None:
-    text = printed(certify(Oracle(Level()), tasks=3, queries=8, coverage_tasks=16))
+    text = printed(certify(Oracle(Level()), tasks=3, queries=8, coverage_tasks=16, audits=None))
     for words in (
         "Gap to the reference",
         "worst task",
@@ -341,7 +357,12 @@ def test_a_checkpoint_gets_its_certificate_and_nothing_else_changes(tmp_path: Pa
     before = save_checkpoint(tmp_path, network, tiny_card(network))
     weights = (tmp_path / "model.safetensors").read_bytes()
     certificate = certify_checkpoint(
-        tmp_path, prior=Level(), tasks=3, coverage_tasks=8, references=tmp_path / "references"
+        tmp_path,
+        prior=Level(),
+        tasks=3,
+        coverage_tasks=8,
+        audits=None,
+        references=tmp_path / "references",
     )
     after = read_card(tmp_path)
     assert after == dataclasses.replace(

@@ -207,10 +207,12 @@ def test_a_prior_of_your_own_is_pretrained_kept_and_certified(
     assert run(monkeypatch, "pretrain", source, *TINY, "--lr", "1e-3", "--out", out) == 2
     assert "Choose another output folder" in capsys.readouterr().err
 
-    assert run(monkeypatch, "certify", out, "--prior", source, "--json") == 0
+    page = tmp_path / "page.png"
+    assert run(monkeypatch, "certify", out, "--prior", source, "--json", "--plot", page) == 0
     certificate = json.loads(capsys.readouterr().out)
     assert certificate["gap"] is None  # the prior has no posterior
     assert load(out).card.certificate == certificate
+    assert page.read_bytes()[1:4] == b"PNG"
 
 
 def test_a_recipe_may_import_all_of_priors(tmp_path: Path) -> None:
