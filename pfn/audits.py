@@ -57,7 +57,18 @@ class AuditSizes:
     given_tasks: int = 60  # of each context size
 
 
-FULL = AuditSizes()
+def default_sizes(max_features: int) -> AuditSizes:
+    """More tasks for a network of one feature, whose exact posteriors are quick."""
+    if max_features == 1:
+        return AuditSizes()
+    return AuditSizes(
+        joint_tasks=30,
+        evidence_tasks=50,
+        martingale_tasks=100,
+        designs=10,
+        latent_tasks=500,
+        given_tasks=20,
+    )
 
 
 def audit(pfn: PFN, prior: Prior, sizes: AuditSizes, seed: int, report: Report) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pfn import __version__
-from pfn.audits import FULL, AuditSizes, audit, histogram, in_words
+from pfn.audits import AuditSizes, audit, default_sizes, histogram, in_words
 from pfn.card import write_atomically, write_card
 from pfn.diagnostics import (
     ecdf_test,
@@ -75,16 +75,27 @@ class StatesError(Protocol):
 
 
 def certify_checkpoint(
-    name: str | Path, *, prior: Prior | None = None, **options: Any
+    name: str | Path, *, prior: Prior | None = None, keep_gap: bool = False, **options: Any
 ) -> dict[str, Any]:
     """The certificate of a shipped name or a folder, also written into its card.json.
 
     Args:
         prior: the one it was trained on, for a prior of your own that no card can rebuild.
+        keep_gap: leaves the gap as the card has it, and measures all else anew.
         options: those of `certify`.
+
+    Raises:
+        ValueError: as `certify`, or to keep a gap that the card does not have.
     """
     folder = find(name)
     model = load(folder, prior=prior)
+    if keep_gap:
+        kept = model.card.certificate.get("gap")
+        if kept is None:
+            raise ValueError(
+                f"Expected a gap to keep on the card of {model.card.name!r}; it has none."
+            )
+        options["gap"] = {"command": model.card.certificate["command"]} | kept
     certificate = certify(model, **options)
     write_card(folder, dataclasses.replace(model.card, certificate=certificate))
     return certificate
@@ -98,7 +109,8 @@ def certify(
     seed: int = 0,
     cells: Sequence[Cell] | None = None,
     coverage_tasks: int = 1000,
-    audits: AuditSizes | None = FULL,
+    audits: AuditSizes | bool = True,
+    gap: dict[str, Any] | None = None,
     references: Path | None = None,
     workers: int = 1,
     command: str = "",
@@ -111,7 +123,8 @@ def certify(
         queries: per task.
         cells: pairs (n, d); by default `default_cells` of the network.
         coverage_tasks: tasks behind the coverage, which needs no reference.
-        audits: how many tasks are behind each of `audits.py`; None leaves them out.
+        audits: how many tasks are behind each of `audits.py`; False leaves them out.
+        gap: what an earlier certificate of the same weights found, to be kept; None measures it.
         references: a folder that keeps references; None computes them and forgets.
         workers: processes that compute references.
         command: what a reader types to measure this again.
@@ -137,8 +150,7 @@ def certify(
             "Expected at least 2 tasks, for standard errors, and 1 query; got"
             f" tasks={tasks}, coverage_tasks={coverage_tasks}, queries={queries}."
         )
-    gap = None
-    if pfn.prior is not None and knows_posterior(pfn.prior):
+    if gap is None and knows_posterior(pfn.prior):
         answers = compute_references(
             pfn.prior,
             cells,
@@ -150,6 +162,9 @@ def certify(
             report=report,
         )
         gap = gap_by_cell(pfn, pfn.prior, cells, answers, seed=seed, report=report)
+        gap["command"] = command
+    if audits is True:
+        audits = default_sizes(largest)
     return {
         "model": pfn.card.name,
         "seed": seed,
@@ -157,7 +172,7 @@ def certify(
         "versions": {"pfn": __version__, "torch": torch.__version__},
         "gap": gap,
         "coverage": _coverage(pfn, pfn.prior, coverage_tasks, seed, report),
-        **({} if audits is None else audit(pfn, pfn.prior, audits, seed, report)),
+        **({} if audits is False else audit(pfn, pfn.prior, audits, seed, report)),
         "latency": _latency(pfn, pfn.prior, seed, report),
     }
 

@@ -211,6 +211,9 @@ def certify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that compute references.")] = 1,
+    keep_gap: Annotated[
+        bool, typer.Option("--keep-gap", help="Keep the card's gap, measure all else anew.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the reliability page.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -240,6 +243,7 @@ def certify(
         certificate = certify_checkpoint(
             model,
             prior=load_prior(prior) if prior else None,
+            keep_gap=keep_gap,
             tasks=tasks,
             seed=seed,
             references=references,

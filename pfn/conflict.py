@@ -53,6 +53,10 @@ IN_WORDS = {
 }
 
 
+class PriorDataConflict(UserWarning):
+    """The context does not look like a data set of the prior."""
+
+
 class Statistics(NamedTuple):
     """What is compared, larger where less like the prior, and the residuals behind it."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, LogNormal, MixtureSameFamily, Normal
 
 from pfn.card import ModelCard
-from pfn.conflict import LEAST_POINTS, Check, draw_null, judge
+from pfn.conflict import LEAST_POINTS, Check, PriorDataConflict, draw_null, judge
 from pfn.data import Context, check_context, check_query
 from pfn.evidence import DataSets, Evidence, log_evidence
 from pfn.network import Network
@@ -293,6 +293,7 @@ class Fitted:
         self._encoded = encoded
         self._added = added
         self._evidences: dict[tuple[int, int], Evidence] = {}
+        self._warning: str | None = None  # of a conflict, until it was said
 
     def predict(self, x_query: Any, *, latent: bool = False) -> Predictive:
         """The posterior predictive at `x_query` (m, d), (m,) for d = 1, or (b, m, d).
@@ -308,6 +309,9 @@ class Fitted:
         Raises:
             ValueError: if the query does not fit the context.
         """
+        if self._warning:
+            warnings.warn(self._warning, PriorDataConflict, stacklevel=2)
+            self._warning = None
         x, dtype = check_query(x_query, self.context)
         transformer, keys = self.pfn.transformer, self._encoded.layers[0].key
         mapped = self.units.map_x(x.to(keys.device)).to(keys.dtype)
@@ -478,6 +482,8 @@ class Fitted:
     def check(self, x_query: Any = None, *, draws: int = 199, seed: int = 0) -> Check:
         """Prior-data conflict: does this context look like a data set of the prior?
 
+        Where it does not, the next `predict` warns, once.
+
         Compares it with data sets that the prior draws at the same inputs, where it can, and else
         with as many inputs of its own.
 
@@ -503,7 +509,10 @@ class Fitted:
         generator = torch.Generator(observed.y.device).manual_seed(seed)
         with torch.inference_mode():
             null = draw_null(self.pfn, observed, self._ready.own, draws, generator)
-            return judge(self.pfn.transformer, observed, null, self.units.map_x(x)[0], generator)
+            queries = self.units.map_x(x)[0]
+            found = judge(self.pfn.transformer, observed, null, queries, generator)
+        self._warning = found.reason if found.verdict == "conflict" else None
+        return found
 
     def latents(self) -> dict[str, Distribution]:
         """Posterior marginals of the prior's latents, in the units of the data.

@@ -127,7 +127,7 @@ def tiny_card(network: Transformer, prior: dict[str, Any] | None = None) -> Mode
 
 
 def test_exact_predictions_have_no_gap_and_nominal_coverage() -> None:
-    certificate = certify(Oracle(Level()), tasks=20, queries=16, seed=1, audits=None)
+    certificate = certify(Oracle(Level()), tasks=20, queries=16, seed=1, audits=False)
     gap = certificate["gap"]
     # float64 through different formulas: rounding, not statistics
     assert abs(gap["mean"]) < 1e-12
@@ -145,7 +145,7 @@ def test_exact_predictions_have_no_gap_and_nominal_coverage() -> None:
 def test_narrow_predictions_show_the_gap_and_coverage_that_formulas_give() -> None:
     s = 0.8
     oracle, cells = Oracle(Level(), spread=s), [(5, 1), (20, 2)]
-    certificate = certify(oracle, tasks=150, queries=16, cells=cells, audits=None)
+    certificate = certify(oracle, tasks=150, queries=16, cells=cells, audits=False)
     expected = math.log(s) + (s**-2 - 1) / 2  # KL(Normal(m, 1) || Normal(m, s^2)) = 0.058
     gap = certificate["gap"]
     assert 0 < gap["standard_error"] < 0.01
@@ -172,7 +172,7 @@ def test_standard_error_of_the_gap_is_over_tasks() -> None:
             cells=[(5, 1), (20, 1)],
             seed=seed,
             coverage_tasks=8,
-            audits=None,
+            audits=False,
         )["gap"]
         means.append(gap["mean"])
         errors.append(gap["standard_error"])
@@ -254,7 +254,7 @@ def test_a_reference_without_a_finite_density_is_an_error() -> None:
 def test_the_error_that_a_reference_states_shrinks_with_independent_tasks() -> None:
     cells = [(3, 1), (6, 1)]
     options: dict[str, Any] = {"tasks": 9, "queries": 6, "cells": cells, "coverage_tasks": 8}
-    options["audits"] = None
+    options["audits"] = False
     gap = certify(Oracle(NoisyLevel()), **options)["gap"]
     for cell in gap["cells"]:
         assert cell["reference_error"] == pytest.approx(0.06 / 3)
@@ -297,7 +297,7 @@ def test_an_untrained_network_gets_a_certificate_that_json_can_hold() -> None:
 def test_a_prior_without_posterior_gets_coverage_only() -> None:
     network = tiny_network()
     certificate = certify(
-        PFN(network, tiny_card(network), SampleOnly()), coverage_tasks=16, audits=None
+        PFN(network, tiny_card(network), SampleOnly()), coverage_tasks=16, audits=False
     )
     assert certificate["gap"] is None
     assert certificate["latency"]["reference_seconds"] is None
@@ -306,7 +306,7 @@ def test_a_prior_without_posterior_gets_coverage_only() -> None:
 
 
 def test_the_certificate_is_printed_as_a_table() -> None:
-    text = printed(certify(Oracle(Level()), tasks=3, queries=8, coverage_tasks=16, audits=None))
+    text = printed(certify(Oracle(Level()), tasks=3, queries=8, coverage_tasks=16, audits=False))
     for words in (
         "Gap to the reference",
         "worst task",
@@ -361,7 +361,7 @@ def test_a_checkpoint_gets_its_certificate_and_nothing_else_changes(tmp_path: Pa
         prior=Level(),
         tasks=3,
         coverage_tasks=8,
-        audits=None,
+        audits=False,
         references=tmp_path / "references",
     )
     after = read_card(tmp_path)

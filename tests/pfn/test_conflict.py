@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import pfn
-from pfn.conflict import outside_box, tail_probability
+from pfn.conflict import PriorDataConflict, outside_box, tail_probability
 from pfn.diagnostics import ks_test
 from priors import BNN, GaussianProcess, Tasks
 
@@ -86,6 +86,16 @@ def test_the_row_that_surprises_is_named(model: pfn.PFN) -> None:
     assert "row 7" in check.reason
     assert check.z.shape == check.pit.shape == (50,)
     assert min(float(check.pit[7]), 1 - float(check.pit[7])) < 1e-3
+
+
+def test_predict_warns_of_a_conflict_once(model: pfn.PFN) -> None:
+    x, f, e = smooth(50, 0)
+    fitted = model.condition((x, an_outlier(x, f, e)))
+    fitted.predict([0.5])
+    fitted.check(draws=59)
+    with pytest.warns(PriorDataConflict, match="row 7"):
+        fitted.predict([0.5])
+    fitted.predict([0.5])  # warnings are errors here
 
 
 def test_distances_of_the_query_are_told(model: pfn.PFN) -> None:
