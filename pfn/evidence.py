@@ -92,35 +92,23 @@ class Ahead(NamedTuple):
 
 def one_step_ahead(network: Network, x: Tensor, y: Tensor, known: Tensor | None) -> Ahead:
     """Each observation (b, n) as those before it predict it, in the order given."""
-    size = max(1, ENTRIES // (1 + y.shape[1]) ** 2)
-    groups = []
-    for start in range(0, len(y), size):
-        some = slice(start, start + size)
-        part = None if known is None else known[some]
-        groups.append(_ahead(network, x[some], y[some], part))
-    return Ahead(*(torch.cat(part) for part in zip(*groups, strict=True)))
-
-
-def left_out(network: Network, x: Tensor, y: Tensor, known: Tensor | None, folds: int) -> Ahead:
-    """Each observation (b, n) as the other folds predict it; every `folds`-th point is one fold."""
-    n = y.shape[1]
-    fold = torch.arange(n, device=y.device) % folds
-    parts = [
-        predict_points(
-            network, x[:, fold != k], y[:, fold != k], known, x[:, fold == k], y[:, fold == k]
-        )
-        for k in range(min(folds, n))
-    ]
-    place = torch.cat([(fold == k).nonzero().squeeze(1) for k in range(min(folds, n))]).argsort()
-    return Ahead(*(torch.cat(part, 1)[:, place] for part in zip(*parts, strict=True)))
-
-
-def _ahead(network: Network, x: Tensor, y: Tensor, known: Tensor | None) -> Ahead:
     parts = [
         predict_points(network, x[:, :a], y[:, :a], known, x[:, a:z], y[:, a:z], one_by_one=True)
         for a, z in _blocks(y.shape[1], whole=network.config.causal)
     ]
     return Ahead(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+
+
+def left_out(network: Network, x: Tensor, y: Tensor, known: Tensor | None, folds: int) -> Ahead:
+    """Each observation (b, n) as the other folds predict it; every `folds`-th point is one fold."""
+    fold = torch.arange(y.shape[1], device=y.device) % folds
+    parts, places = [], []
+    for k in range(min(folds, len(fold))):
+        rest, out = fold != k, fold == k
+        parts.append(predict_points(network, x[:, rest], y[:, rest], known, x[:, out], y[:, out]))
+        places.append(out.nonzero().squeeze(1))
+    place = torch.cat(places).argsort()
+    return Ahead(*(torch.cat(part, 1)[:, place] for part in zip(*parts, strict=True)))
 
 
 def _blocks(n: int, *, whole: bool) -> Iterator[tuple[int, int]]:
@@ -143,15 +131,23 @@ def predict_points(
     one_by_one: bool = False,
 ) -> Ahead:
     """Observations (b, m) given a context, and one by one also given those before them."""
-    encoded = network.encode(x, y, known, FromContext())
-    buffer = visible = None
-    if one_by_one:
-        buffer, visible = (x_query, y_query), torch.arange(y_query.shape[1], device=y.device)
-    final = network.decode(encoded, x_query, buffer=buffer, visible=visible)
-    mixture = Mixture(*(part.double() for part in network.mixture_y(final)))
-    value = encoded.scaling.apply(y_query).double()
-    log_prob = mixture_log_prob(*mixture, value) - encoded.scaling.scale.double().log().unsqueeze(1)
-    return Ahead(log_prob, _normal_score(mixture, value))
+    size = max(1, ENTRIES // (1 + y.shape[1] + y_query.shape[1]) ** 2)
+    parts = []
+    for start in range(0, len(y), size):
+        some = slice(start, start + size)
+        knows = None if known is None else known[some]
+        encoded = network.encode(x[some], y[some], knows, FromContext())
+        ask, answer = x_query[some], y_query[some]
+        buffer = visible = None
+        if one_by_one:
+            buffer, visible = (ask, answer), torch.arange(answer.shape[1], device=y.device)
+        final = network.decode(encoded, ask, buffer=buffer, visible=visible)
+        mixture = Mixture(*(part.double() for part in network.mixture_y(final)))
+        value = encoded.scaling.apply(answer).double()
+        log_scale = encoded.scaling.scale.double().log().unsqueeze(1)
+        log_prob = mixture_log_prob(*mixture, value) - log_scale
+        parts.append(Ahead(log_prob, _normal_score(mixture, value)))
+    return Ahead(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _normal_score(mixture: Mixture, value: Tensor) -> Tensor:

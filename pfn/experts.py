@@ -197,7 +197,7 @@ class Experts(nn.Module):
     def _features(self, *parts: Tensor) -> Tensor:
         """Parts (g, n) as features of tokens (b, n, parts * experts)."""
         told = torch.cat([part.unflatten(0, (-1, self.config.components)) for part in parts], 1)
-        return told.mT.to(self.norm.weight).asinh()
+        return told.mT.to(self.norm.weight).contiguous().asinh()
 
 
 class Refinement(nn.Module):

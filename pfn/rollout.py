@@ -81,7 +81,7 @@ class Rollout:
             normed = block.norm_attention(tokens)
             near = where.near(layer.metric)
             if y is not None:
-                own = block.keys_values(normed[:, :1], *near.rows(0, 1).of_key())
+                own = block.keys_values(normed[:, :1].contiguous(), *near.rows(0, 1).of_key())
                 kept[:, :, :, j - 1 : j] = torch.stack(own)
             query = block.queries(normed, sharp, *near.of_query())
             tokens = block.finish(tokens, _attend(query, layer, kept[:, :, :, :j]))
