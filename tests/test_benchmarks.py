@@ -244,3 +244,36 @@ def test_runs_of_other_weights_do_not_count(benchmark_module, tmp_path: Path) ->
     (tmp_path / "pfn.jsonl").write_text(text + '{"method": "pf')  # killed in a line
     (tmp_path / "gp.jsonl").write_text(json.dumps({"method": "gp"}) + "\n")
     assert bo.read(tmp_path) == [{"method": "gp"}, rows[0]]
+
+
+def test_smooth_data_and_their_misfits_are_what_they_are_called(benchmark_module) -> None:
+    trust: ModuleType = benchmark_module("trust")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 400, 1, dtype=torch.float64, generator=generator)
+    f, e = trust.smooth(x, 30, generator)
+    torch.testing.assert_close(f.std(1), torch.ones(30).double())
+    place = x[0, :, 0]
+    made = {name: make(place, f, e) - f for name, (make, _) in trust.MISFITS.items()}
+    outlier = made["one outlier, 10 noise deviations"]
+    torch.testing.assert_close((outlier - 0.1 * e)[:, 0], torch.ones(30).double())
+    heavy = made["Student-t noise, 1.5 degrees of freedom"].flatten() / 0.1
+    # quartiles of the law are at 0.873; the standard error of a quartile of 12,000 draws is 0.02
+    assert float(heavy.abs().median()) == pytest.approx(0.873, abs=0.06)
+    left_and_right = made["noise 0.03 on the left, 0.6 on the right"]
+    ratio = left_and_right[:, place > 0.5].std() / left_and_right[:, place <= 0.5].std()
+    assert float(ratio) == pytest.approx(20, rel=0.1)
+
+
+def test_the_check_of_the_benchmark_is_that_of_a_context(benchmark_module, monkeypatch) -> None:
+    trust: ModuleType = benchmark_module("trust")
+    monkeypatch.setattr(trust, "NULL", 59)
+    model = trust.pfn.load("gp-1d")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 30, 1, dtype=torch.float64, generator=generator)
+    f, e = trust.smooth(x, 3, generator)
+    y = f + 0.1 * e
+    y[1, 4] += 3.0
+    found = trust._check(model, x.expand(3, -1, -1), y, None, generator)
+    assert [p <= 0.05 for p, _ in found] == [False, True, False]
+    alone = model.condition((x[0], y[1])).check(draws=59)
+    assert alone.p_value == pytest.approx(found[1][0], abs=0.05)
