@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Model = Annotated[str, typer.Option(help="A shipped name, a checkpoint's folder, or auto.")]
+Model = Annotated[str, typer.Option(help="A shipped name, a checkpoint's folder, auto, or best (by evidence).")]
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def predict(
     For each row of QUERY: mean, standard deviation and quantiles. Columns match by name, and QUERY
     may have more of them.
     """
-    from pfn.library import choose
+    from pfn.library import choose_for
     from pfn.tables import read_csv, to_numbers, write_csv
 
     table = read_csv(train)
@@ -132,7 +132,7 @@ def predict(
     y = to_numbers(table, [target], train)[:, 0]
     x = to_numbers(table, names, train)
     x_query = to_numbers(read_csv(query), names, query)
-    network = choose(model, len(names))
+    network = choose_for((x, y), model)
     posterior = network.predict((x, y), x_query, latent=latent)
     columns = {"mean": posterior.mean.tolist(), "std": posterior.stddev.tolist()}
     columns |= {f"q{round(100 * p):02}": posterior.icdf(p).tolist() for p in QUANTILES}

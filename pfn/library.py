@@ -69,6 +69,23 @@ def choose(model: str | Path | PFN, d: int) -> PFN:
     return _cached(folder, (folder / "card.json").stat().st_mtime_ns)
 
 
+def choose_for(
+    context: Any,
+    model: str | Path | PFN = "auto",
+    *,
+    given: Mapping[str, Any] | None = None,
+    standardize: bool = True,
+    bounds: Any = None,
+) -> PFN:
+    """The PFN that `model` means for `context = (x, y)`, "best" included; see `predict`."""
+    if model == "best":
+        best = compare(context, given=given, standardize=standardize, bounds=bounds)
+        return best.fitted[int(best.log_evidences.argmax())].pfn
+    if isinstance(model, PFN):
+        return model
+    return choose(model, check_context(context).x.shape[-1])
+
+
 def predict(
     context: Any,
     x_query: Any,
@@ -99,11 +116,8 @@ def predict(
         >>> pfn.predict((x, torch.sin(6 * x)), torch.tensor([0.5])).mean.shape
         torch.Size([1])
     """
-    if model == "best":
-        model = compare(context, given=given, standardize=standardize, bounds=bounds).best
-    if not isinstance(model, PFN):
-        model = choose(model, check_context(context).x.shape[-1])
-    return model.predict(
+    chosen = choose_for(context, model, given=given, standardize=standardize, bounds=bounds)
+    return chosen.predict(
         context,
         x_query,
         latent=latent,

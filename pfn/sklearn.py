@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pfn.library import choose
+from pfn.library import choose_for
 from pfn.model import PFN
 from pfn.predictive import Predictive
 
@@ -37,7 +37,7 @@ class PFNRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """Regression by the posterior predictive: `fit` encodes the data, with nothing to optimise.
 
     Args:
-        model: a shipped name, a checkpoint's folder, a PFN, or "auto", as in `pfn.predict`.
+        model: a shipped name, a checkpoint's folder, a PFN, "auto" or "best", as in `pfn.predict`.
         standardize: maps X and y to the units of the prior, and answers back.
         random_state: draws the rows that are kept, 4 times the trained context size, where there
             are more of them.
@@ -70,7 +70,7 @@ class PFNRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             ValueError: on bad data, or more features than the model was trained for.
         """
         X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
-        network = choose(self.model, X.shape[1])
+        network = choose_for((X, y), self.model)
         limit = 4 * network.card.max_context
         if len(X) > limit:
             rows = check_random_state(self.random_state).permutation(len(X))[:limit]

@@ -7,6 +7,7 @@ import torch
 
 import pfn
 from pfn.evidence import left_out, one_step_ahead
+from pfn.sklearn import PFNRegressor
 from priors import GaussianProcess
 
 
@@ -117,6 +118,13 @@ def test_best_is_the_model_of_highest_evidence() -> None:
     best = pfn.compare((x, x.square())).best
     expected = pfn.predict((x, x.square()), [0.33], model=best).mean
     torch.testing.assert_close(pfn.predict((x, x.square()), [0.33], model="best").mean, expected)
+
+
+def test_best_is_for_scikit_learn_too() -> None:
+    x = torch.linspace(0, 1, 15, dtype=torch.float64).unsqueeze(1).numpy()
+    fitted = PFNRegressor(model="best").fit(x, x[:, 0] ** 2)
+    expected = pfn.predict((x, x[:, 0] ** 2), [[0.33]], model="best").mean
+    assert float(fitted.predict([[0.33]])[0]) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_models_that_do_not_fit_the_data_are_left_out() -> None:
