@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Model = Annotated[str, typer.Option(help="A shipped name, a checkpoint's folder, auto, or best (by evidence).")]
+Model = Annotated[str, typer.Option(help="A shipped name, a folder, auto, or best, by evidence.")]
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ from priors.draws import draw
 if TYPE_CHECKING:
     from priors.kernel_prior import Hyperparameter
 
+FREE = torch.linspace(-2, 2, 3, dtype=torch.float64)  # where bijections are recognised
+
 
 class Coordinate(NamedTuple):
     """One hyperparameter, or one for each feature: value = factor * transform(t)."""
@@ -45,6 +47,20 @@ class Coordinate(NamedTuple):
         standard = AffineTransform(self.location, self.scale)
         return ComposeTransform([standard, biject_to(self.prior.support)])
 
+    @property
+    def is_log(self) -> bool:
+        """Whether the unconstrained hyperparameter is the logarithm of the value."""
+        return torch.equal(self._in_three_places, FREE.exp())
+
+    @property
+    def _in_three_places(self) -> Tensor:
+        return biject_to(self.prior.support)(FREE)
+
+    def log_density(self, t: Tensor) -> Tensor:
+        """The prior's log density at each t (...,)."""
+        value = self.transform(t)
+        return self.prior.log_prob(value) + self.transform.log_abs_det_jacobian(t, value)
+
     def normal(self, law: Distribution) -> Normal | None:
         """The normal law of t that gives the hyperparameter this law; None if t's is no normal.
 
@@ -52,21 +68,18 @@ class Coordinate(NamedTuple):
             law: of batch_shape (*shape, ...); a log-normal one of a positive hyperparameter or a
                 normal one of a real one have an answer.
         """
-        if not isinstance(law, LogNormal | Normal):
+        if isinstance(law, LogNormal) and self.is_log:
+            loc, spread = law.loc - math.log(self.factor), law.scale
+        elif isinstance(law, Normal) and torch.equal(self._in_three_places, FREE):
+            loc, spread = law.loc / self.factor, law.scale / self.factor
+        else:
             return None
-        free = torch.linspace(-2, 2, 3, dtype=torch.float64)  # of the unconstrained hyperparameter
-        value = biject_to(self.prior.support)(free)
-        is_log = isinstance(law, LogNormal)
-        if not torch.equal(value, free.exp() if is_log else free):
-            return None
-        rest = [1] * (law.loc.dim() - len(self.shape))
+        rest = [1] * (loc.dim() - len(self.shape))
         location, scale = (
             part.expand(self.shape).reshape(*self.shape, *rest)
             for part in (self.location, self.scale)
         )
-        if is_log:
-            return Normal((law.loc - math.log(self.factor) - location) / scale, law.scale / scale)
-        return Normal((law.loc / self.factor - location) / scale, law.scale / self.factor / scale)
+        return Normal((loc - location) / scale, spread / scale)
 
 
 class Hyperpriors(NamedTuple):
@@ -95,10 +108,7 @@ class Hyperpriors(NamedTuple):
         """The prior's log density (node,) in the coordinates t (node, dim)."""
         total = t.new_zeros(len(t))
         for coordinate, part in self._parts(t):
-            value = coordinate.transform(part)
-            log_density = coordinate.prior.log_prob(value)
-            log_density = log_density + coordinate.transform.log_abs_det_jacobian(part, value)
-            total = total + log_density.reshape(len(t), -1).sum(-1)
+            total = total + coordinate.log_density(part).reshape(len(t), -1).sum(-1)
         return total
 
     def draw(self, count: int, *, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,8 @@ from priors.inputs import draw_inputs, read_designs
 from priors.tasks import ConditionalTasks, Tasks
 
 if TYPE_CHECKING:
-    from priors.reference import HyperparameterDensity, Marginal
+    from priors.latent_density import HyperparameterDensity
+    from priors.reference import Marginal
 
 JITTER = 1e-10  # relative to the outputscale; raised tenfold only for tasks that fail to factorise
 CACHED = 2**16  # matrix entries, 512 KiB
@@ -253,17 +254,26 @@ class KernelPrior(abc.ABC):
         return reference.latent_posterior(self, context, given=given, method=method, seed=seed)
 
     def latent_densities(
-        self, context: tuple[Any, Any], *, given: Mapping[str, Any] | None = None
+        self,
+        context: tuple[Any, Any],
+        *,
+        given: Mapping[str, Any] | None = None,
+        free_location: bool = False,
+        free_scale: bool = False,
     ) -> list[HyperparameterDensity]:
         """The posterior density of the hyperparameters of one task, for each alternative.
 
         For samplers of one's own; together they integrate to the evidence.
 
-        Args: see `posterior`; the context is one task.
+        Args:
+            context: one task; see `posterior`.
+            free_location: a flat prior for the mean of y, as if it had been subtracted.
+            free_scale: a flat prior for the logarithm of the unit of y, as if it had been divided
+                by its own. Latents are then in the units that y has.
         """
-        from priors import reference
+        from priors import latent_density
 
-        return reference.latent_densities(self, context, given=given)
+        return latent_density.latent_densities(self, context, given, free_location, free_scale)
 
     def conditional(
         self,

@@ -26,7 +26,6 @@ from torch.distributions import (
 
 from priors.context import as_tensor, read_context
 from priors.distributions import SameFamily
-from priors.draws import draw_normal
 from priors.gp import GaussianProcess
 from priors.hyperpriors import Hyperpriors, hyperpriors
 from priors.kernel_prior import JITTER, Hyperparameter, KernelPrior, NodeModel, cholesky
@@ -153,7 +152,7 @@ class _Task(NamedTuple):
     given: dict[str, Tensor]
 
 
-class _Dense(NamedTuple):
+class Dense(NamedTuple):
     """What `Spectral` offers, by one Cholesky factorisation per node: for free lengthscales."""
 
     prior: KernelPrior
@@ -167,6 +166,18 @@ class _Dense(NamedTuple):
             for some, x, y in self._chunks(theta, self.x, self.y)
         ]
         return torch.cat(parts)
+
+    def log_likelihood_or_none(self, theta: dict[str, Tensor]) -> Tensor:
+        """The same, but -inf far out, where no diagonal mends a covariance."""
+        try:
+            return self.log_likelihood(theta)
+        except RuntimeError:
+            nodes = len(theta["mean"])
+            if nodes == 1:
+                return self.y.new_full((1,), -math.inf)
+            halves = (slice(nodes // 2), slice(nodes // 2, None))
+            parts = ({name: value[half] for name, value in theta.items()} for half in halves)
+            return torch.cat([self.log_likelihood_or_none(part) for part in parts])
 
     def predict(
         self, theta: dict[str, Tensor], x_query: Tensor, *, joint: bool = False
@@ -198,39 +209,6 @@ class _Dense(NamedTuple):
         for start in range(0, len(theta["mean"]), size):
             some = {name: value[start : start + size] for name, value in theta.items()}
             yield some, *(part.expand(len(some["mean"]), *part.shape) for part in data)
-
-
-class HyperparameterDensity(NamedTuple):
-    """A `priors.tasks.LatentDensity`: of the hyperparameters of a task under one alternative."""
-
-    prior: KernelPrior
-    hyper: Hyperpriors
-    model: _Dense
-    log_share: float  # log prior probability of the alternative
-    known: frozenset[str]  # latents that the user knows
-
-    def log_density(self, t: Tensor) -> Tensor:
-        """log p(t, y, alternative | x), (node,)."""
-        likelihood = _log_likelihood(self.model, self.hyper, t)
-        return (self.log_share + self.hyper.log_density(t) + likelihood).nan_to_num(
-            nan=-math.inf, neginf=-math.inf
-        )
-
-    def predict(self, t: Tensor, x_query: Tensor, *, latent: bool = False) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations (node, m) of y, or f, at x_query (m, d)."""
-        theta = self.hyper.values(t)
-        mean, variance = self.model.predict(theta, x_query)
-        noise = self.prior.variances(theta)[1].unsqueeze(-1)
-        return mean, (variance if latent else variance + noise).sqrt()
-
-    def latents(self, t: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """The unknown latents, (node,) or (node, dim), a normal mean drawn given t."""
-        theta = self.hyper.values(t)
-        if self.hyper.mean_variance:
-            mean, variance = self.model.mean(theta)
-            theta["mean"] = mean + variance.sqrt() * draw_normal(len(t), generator=generator)
-        latents = self.prior.report_latents(theta, self.model.x.shape[-1])
-        return {name: value for name, value in latents.items() if name not in self.known}
 
 
 class _Nodes(NamedTuple):
@@ -357,23 +335,6 @@ def latent_posterior(
 
 
 @torch.no_grad()
-def latent_densities(
-    prior: KernelPrior, context: tuple[Any, Any], *, given: Mapping[str, Any] | None = None
-) -> list[HyperparameterDensity]:
-    """What `KernelPrior.latent_densities` returns; see there."""
-    tasks, batched = _tasks(prior, context, None, given)
-    if batched:
-        raise ValueError("Expected one task, x of shape (n, d) or (n,); got a batch of tasks.")
-    known, alternatives = frozenset(given or {}), _alternatives(prior, tasks[0])
-    models = [_Dense(prior, tasks[0].x, tasks[0].y, h.mean_variance) for h in alternatives.values()]
-    log_share = -math.log(len(alternatives))
-    return [
-        HyperparameterDensity(prior, hyper, model, log_share, known)
-        for hyper, model in zip(alternatives.values(), models, strict=True)
-    ]
-
-
-@torch.no_grad()
 def _infer(
     prior: KernelPrior,
     task: _Task,
@@ -387,28 +348,32 @@ def _infer(
         raise ValueError(f'Expected method "quadrature", "nuts", "smc" or None; got {method!r}.')
     if method == "nuts" and not isinstance(prior, GaussianProcess):
         raise ValueError(f"Expected a GaussianProcess for NUTS; got a {type(prior).__name__}.")
-    alternatives = _alternatives(prior, task)
+    known = alternatives(prior, task.x.shape[-1], task.given)
     nodes = []
-    for index, hyper in alternatives.items():
+    for index, hyper in known.items():
         if method == "quadrature" or hyper.dim <= (0 if method else prior.quadrature_limit):
             part = _by_quadrature(prior, task, hyper, step)
         else:
-            model = _Dense(prior, task.x, task.y, hyper.mean_variance)
+            model = Dense(prior, task.x, task.y, hyper.mean_variance)
             draws = _by_nuts if (method or _draws_of(prior)) == "nuts" else _by_smc
             part = draws(model, hyper, (*seeds, index), settings)
-        nodes.append(part._replace(log_weights=part.log_weights - math.log(len(alternatives))))
+        nodes.append(part._replace(log_weights=part.log_weights - math.log(len(known))))
     return nodes
 
 
-def _alternatives(prior: KernelPrior, task: _Task) -> dict[int, Hyperpriors]:
-    """The hyperpriors of a task, by the alternatives that it may have."""
-    hyperparameters, given = prior.hyperparameters(task.x.shape[-1]), task.given
+def alternatives(prior: KernelPrior, d: int, given: Mapping[str, Tensor]) -> dict[int, Hyperpriors]:
+    """The hyperpriors of a task with d features, by the alternatives that it may have.
+
+    Args:
+        given: as in `hyperpriors`.
+    """
+    hyperparameters = prior.hyperparameters(d)
     if len(prior.alternatives) == 1:
         return {0: hyperpriors(hyperparameters, given)}
     known = given.get(prior.choice)
     indices = range(len(prior.alternatives)) if known is None else [int(known)]
     return {
-        index: hyperpriors(hyperparameters, given | {prior.choice: torch.tensor(index)})
+        index: hyperpriors(hyperparameters, {**given, prior.choice: torch.tensor(index)})
         for index in indices
     }
 
@@ -441,7 +406,7 @@ def _by_quadrature(prior: KernelPrior, task: _Task, hyper: Hyperpriors, step: fl
 
 
 def _by_nuts(
-    model: _Dense, hyper: Hyperpriors, seeds: tuple[int, ...], settings: Settings | None
+    model: Dense, hyper: Hyperpriors, seeds: tuple[int, ...], settings: Settings | None
 ) -> _Nodes:
     try:
         from priors import nuts  # on demand: it imports JAX
@@ -466,7 +431,7 @@ def _by_nuts(
 
 
 def _by_smc(
-    model: _Dense, hyper: Hyperpriors, seeds: tuple[int, ...], settings: Settings | None
+    model: Dense, hyper: Hyperpriors, seeds: tuple[int, ...], settings: Settings | None
 ) -> _Nodes:
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     generator = torch.Generator().manual_seed(seed)
@@ -474,22 +439,12 @@ def _by_smc(
     draws = sample_smc(
         start,
         hyper.log_density,
-        lambda t: _log_likelihood(model, hyper, t),
+        lambda t: model.log_likelihood_or_none(hyper.values(t)),
         generator=generator,
         islands=ISLANDS,
     )
     log_weights = draws.log_weights + draws.log_evidence
     return _Nodes(hyper, model.prior, model, draws.t, log_weights, torch.zeros(()), islands=ISLANDS)
-
-
-def _log_likelihood(model: _Dense, hyper: Hyperpriors, t: Tensor) -> Tensor:
-    """log p(y | x, t) (node,); -inf far out, where no diagonal mends the covariance."""
-    try:
-        return model.log_likelihood(hyper.values(t))
-    except RuntimeError:
-        if len(t) == 1:
-            return t.new_full((1,), -math.inf)
-        return torch.cat([_log_likelihood(model, hyper, half) for half in t.chunk(2)])
 
 
 def _distribution(

@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 from priors.bends import Bend
 
 if TYPE_CHECKING:
-    from priors.hyperpriors import Hyperpriors
+    from priors.hyperpriors import Coordinate
 
 
 class Tasks(NamedTuple):
@@ -106,14 +106,24 @@ class ReferencePrior(Prior, Protocol):
 class LatentDensity(Protocol):
     """The posterior density of one task's latents, up to its constant, and what they predict.
 
-    Latents are coordinates t (node, dim), unconstrained and about standard normal a priori. A prior
-    with a choice, of a kernel say, has one such density for each alternative, and all of them
-    together integrate to the evidence.
+    Latents are t (node, dim), unconstrained and about standard normal a priori: first those of
+    `coordinates`, then any others. A prior with a choice, of a kernel say, has one such density for
+    each alternative; together they integrate to the evidence.
     """
 
     @property
-    def hyper(self) -> Hyperpriors:
-        """What the coordinates mean, and their prior."""
+    def dim(self) -> int:
+        """The number of unknown latents."""
+        ...
+
+    @property
+    def coordinates(self) -> tuple[Coordinate, ...]:
+        """What the first latents mean."""
+        ...
+
+    @property
+    def choice(self) -> dict[str, int]:
+        """Which alternative this is: the choice's name and index; nothing where there is none."""
         ...
 
     def log_density(self, t: Tensor) -> Tensor:
@@ -138,12 +148,23 @@ class LatentDensity(Protocol):
 
 @runtime_checkable
 class LatentPrior(Prior, Protocol):
-    """A prior whose data have a likelihood given latents, and a conditional for every query."""
+    """A prior whose data have a likelihood given latents, and a normal law for every query."""
 
     def latent_densities(
-        self, context: tuple[Any, Any], *, given: Mapping[str, Any] | None = None
+        self,
+        context: tuple[Any, Any],
+        *,
+        given: Mapping[str, Any] | None = None,
+        free_location: bool = False,
+        free_scale: bool = False,
     ) -> Sequence[LatentDensity]:
-        """The densities of one task's latents, one for each alternative that it may have."""
+        """The densities of one task's latents, one for each alternative that it may have.
+
+        Args:
+            given: latents that are known, by their names in `Tasks.latents`.
+            free_location: a flat prior for the mean of y.
+            free_scale: a flat prior for the logarithm of the unit of y.
+        """
         ...
 
 
