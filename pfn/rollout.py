@@ -65,11 +65,11 @@ class Rollout:
     ) -> Final:
         """Queries (s, t, d), and before them the point that was told last, through all layers."""
         network, j = self._network, self.experts.told
-        tokens, where = network._embed_queries(x_query, latents=False)
+        tokens, where = network.embed_queries(x_query, latents=False)
         to_tokens = network.experts.tell_query(said)
         if y is not None and told is not None:
             x = self._x[:, j - 1 : j]
-            point = network._embed_points(x, y.unsqueeze(-1)) + network.embed_buffer
+            point = network.embed_points(x, y.unsqueeze(-1)) + network.embed_buffer
             tokens, where = torch.cat([point, tokens], 1), place(torch.cat([x, x_query], 1))
             to_tokens = torch.cat([network.experts.tell_buffer(*told), to_tokens], 1)
         count = (self._encoded.num_context + j).expand(1, tokens.shape[1])
@@ -85,7 +85,7 @@ class Rollout:
                 kept[:, :, :, j - 1 : j] = torch.stack(own)
             query = block.queries(normed, sharp, *near.of_query())
             tokens = block.finish(tokens, _attend(query, layer, kept[:, :, :, :j]))
-        return network._finish(tokens[:, -x_query.shape[1] :], said, self._encoded.logits)
+        return network.finish(tokens[:, -x_query.shape[1] :], said, self._encoded.logits)
 
 
 class ExpertsWalk:

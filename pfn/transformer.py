@@ -345,7 +345,7 @@ class Transformer(Network):
             query = block.queries(normed, sharp, *near.of_query())
             tokens = block.finish(tokens, attend(query, key, value))
         encoded = Encoded(layers, solved, weigh, report, scaling, count)
-        return encoded, self._finish(tokens, said, weigh)
+        return encoded, self.finish(tokens, said, weigh)
 
     def decode(
         self,
@@ -364,7 +364,7 @@ class Transformer(Network):
             visible: (m,) how many buffer points each query sees; needed with a buffer.
             latents: appends one query per latent slot, which sees the context only.
         """
-        queries, where = self._embed_queries(x_query, latents)
+        queries, where = self.embed_queries(x_query, latents)
         if buffer is None:
             sharpness = self.sharpness(encoded.num_context[:, None])
             metrics = torch.stack([layer.metric for layer in encoded.layers])
@@ -376,10 +376,10 @@ class Transformer(Network):
                     queries = queries + told
                 query = block.queries(block.norm_attention(queries), sharp, near)
                 queries = block.finish(queries, attend(query, key, value))
-            return self._finish(queries, said, encoded.logits)
+            return self.finish(queries, said, encoded.logits)
         assert visible is not None
         x_added, y_added = buffer[0], encoded.scaling.apply(buffer[1])
-        added = self._embed_points(x_added, y_added) + self.embed_buffer
+        added = self.embed_points(x_added, y_added) + self.embed_buffer
         k, n = added.shape[1], encoded.layers[0].key.shape[2] - 1
         order = torch.arange(k, device=added.device)
         blind = visible.new_zeros(queries.shape[1] - len(visible))
@@ -418,7 +418,7 @@ class Transformer(Network):
                 allowed,
             )
             tokens = block.finish(tokens, attended)
-        return self._finish(tokens[:, k:], said, encoded.logits)
+        return self.finish(tokens[:, k:], said, encoded.logits)
 
     def _ask(
         self,
@@ -445,7 +445,8 @@ class Transformer(Network):
         log_scale = (scaling.scale / self.config.y_std).log().unsqueeze(-1)
         return torch.cat([known.nan_to_num(0.0), is_known, is_known * log_scale], dim=-1)
 
-    def _finish(self, tokens: Tensor, said: Forecast, logits: Tensor) -> Final:
+    def finish(self, tokens: Tensor, said: Forecast, logits: Tensor) -> Final:
+        """Tokens of queries (b, m, w) after the last layer, and the weights of their experts."""
         evidence = said.log_evidence - said.log_evidence.amax(-1, keepdim=True)
         return Final(self.norm(tokens), said, logits + self.trust * evidence.to(logits))
 
@@ -491,7 +492,7 @@ class Transformer(Network):
         which = weight[:, d - 1 - self.config.max_features]  # the input that says "d features"
         return F.linear(features, weight[:, : features.shape[-1]], self.embed_x.bias + which)
 
-    def _embed_queries(self, x: Tensor, latents: bool) -> tuple[Tensor, Place]:
+    def embed_queries(self, x: Tensor, latents: bool) -> tuple[Tensor, Place]:
         """Query tokens (b, m, w), one per latent slot behind them if wanted, and their places."""
         queries = self._embed_features(x) + self.embed_query
         if latents:
@@ -499,7 +500,8 @@ class Transformer(Network):
             queries = torch.cat([queries, extra], dim=1)
         return queries, place(x, after=queries.shape[1] - x.shape[1])
 
-    def _embed_points(self, x: Tensor, normalised: Tensor) -> Tensor:
+    def embed_points(self, x: Tensor, normalised: Tensor) -> Tensor:
+        """Tokens (b, n, w) of observations, y normalised."""
         return self._embed_features(x) + self.embed_y(normalised.unsqueeze(-1))
 
     def _task_token(
