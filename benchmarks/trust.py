@@ -31,7 +31,11 @@ from pfn.units import FromContext, context_units, prior_units
 from priors.draws import draw
 
 SMALL = Path(__file__).parent.parent / "pretrained" / "small"
-CHOICES: dict[str, str | Path] = {"GP": "gp-1d", "Student-t": "heavy-tails", "linear": SMALL / "linear"}
+CHOICES: dict[str, str | Path] = {
+    "GP": "gp-1d",
+    "Student-t": "heavy-tails",
+    "linear": SMALL / "linear",
+}
 DESIGNS, NULL = 10, 199
 BATCH = 64  # contexts that are encoded at once
 
@@ -156,10 +160,18 @@ def smooth(x: Tensor, tasks: int, generator: torch.Generator) -> tuple[Tensor, T
 Misfit = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _outlier(x: Tensor, f: Tensor, e: Tensor) -> Tensor:
+def _outlier(x: Tensor, f: Tensor, e: Tensor, *, size: float) -> Tensor:
     y = f + 0.1 * e
-    y[:, 0] += 1.0
+    y[:, 0] += 0.1 * size
     return y
+
+
+def _heavy(x: Tensor, f: Tensor, e: Tensor, *, df: float) -> Tensor:
+    return f + 0.1 * e / _root_gamma(e, df)
+
+
+def _jump(x: Tensor, f: Tensor, e: Tensor, *, size: float) -> Tensor:
+    return f + 0.05 * e + size * (x > 0.5)
 
 
 def _root_gamma(e: Tensor, df: float) -> Tensor:
@@ -171,18 +183,19 @@ def _root_gamma(e: Tensor, df: float) -> Tensor:
 
 MISFITS: dict[str, tuple[Misfit, dict[str, float] | None]] = {
     "none: noise 0.1 of the function's deviation": (lambda x, f, e: f + 0.1 * e, None),
-    "one outlier, 10 noise deviations": (_outlier, None),
-    "Student-t noise, 1.5 degrees of freedom": (
-        lambda x, f, e: f + 0.1 * e / _root_gamma(e, 1.5),
-        None,
-    ),
-    "a jump of 3 deviations, noise 0.05": (lambda x, f, e: f + 0.05 * e + 3.0 * (x > 0.5), None),
+    "one outlier, 5 noise deviations": (partial(_outlier, size=5.0), None),
+    "one outlier, 10 noise deviations": (partial(_outlier, size=10.0), None),
+    "Student-t noise, 1.5 degrees of freedom": (partial(_heavy, df=1.5), None),
+    "Student-t noise, 1 degree of freedom": (partial(_heavy, df=1.0), None),
+    "a jump of 3 deviations, noise 0.05": (partial(_jump, size=3.0), None),
+    "a jump of 4 deviations, noise 0.05": (partial(_jump, size=4.0), None),
     "noise 0.03 on the left, 0.6 on the right": (
         lambda x, f, e: f + torch.where(x > 0.5, 0.6, 0.03) * e,
         None,
     ),
     "noise that grows from 0.02 to 0.6": (lambda x, f, e: f + 0.02 * (3.4 * x).exp() * e, None),
     "noise 0.1, said to be 0.5": (lambda x, f, e: f + 0.1 * e, {"noise": 0.25}),
+    "noise 0.1, said to be 1": (lambda x, f, e: f + 0.1 * e, {"noise": 1.0}),
     "noise 0.5, said to be 0.1": (lambda x, f, e: f + 0.5 * e, {"noise": 0.01}),
 }
 
