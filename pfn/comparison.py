@@ -18,7 +18,7 @@ from pfn.model import Fitted
 from pfn.predictive import Predictive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Models beside each other on one context.
 
@@ -35,6 +35,10 @@ class Comparison:
     errors: Tensor
     probabilities: Tensor
     fitted: list[Fitted]
+
+    def __repr__(self) -> str:
+        pairs = zip(self.names, self.probabilities.tolist(), strict=True)
+        return f"Comparison({', '.join(f'{name}: {p:.3g}' for name, p in pairs)})"
 
     @property
     def best(self) -> str:

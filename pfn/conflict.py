@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -65,7 +65,7 @@ class Statistics(NamedTuple):
     feature: Tensor  # (b,) the one that residuals' size depends on most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Check:
     """Whether a context looks like the prior's data sets, and what speaks against it.
 
@@ -92,6 +92,9 @@ class Check:
     outside: Tensor
     query_outside: Tensor
     query_distance: Tensor
+
+    def __repr__(self) -> str:
+        return f"Check({self.verdict!r}, p_value={self.p_value:.3g}, reason={self.reason!r})"
 
 
 def draw_null(
@@ -170,11 +173,13 @@ def judge(
     null: DataSets,
     x_query: Tensor,
     generator: torch.Generator,
+    names: Sequence[str] | None = None,
 ) -> Check:
     """The check of one data set against those of the prior.
 
     Args:
         x_query: (m, d), in the network's units.
+        names: of the features, for words; their numbers by default.
     """
     ours = statistics(network, observed, generator)
     values = torch.cat([ours.values, statistics(network, null, generator).values])
@@ -184,7 +189,7 @@ def judge(
     words = list(IN_WORDS.values())[int(each.argmin())].format(
         row=row,
         z=float(z[row].abs()),
-        feature=int(ours.feature[0]),
+        feature=int(ours.feature[0]) if names is None else repr(names[int(ours.feature[0])]),
         spread="closer to" if z.square().mean() < 1 else "further from",
     )
     rows, queries = observed.x[0].double().cpu(), x_query.double().cpu()

@@ -135,7 +135,7 @@ def compare(
     given: Mapping[str, Any] | None = None,
     standardize: bool = True,
     bounds: Any = None,
-    orders: int = 4,
+    orders: int = 8,
     seed: int = 0,
 ) -> Comparison:
     """Posterior probabilities of several models' priors given `context = (x, y)`, one task.

@@ -295,6 +295,12 @@ class Fitted:
         self._evidences: dict[tuple[int, int], Evidence] = {}
         self._warning: str | None = None  # of a conflict, until it was said
 
+    def __repr__(self) -> str:
+        b, n, d = self.context.x.shape
+        added = "" if self._added is None else f", added = {self._added.y.shape[1]}"
+        tasks = f", tasks = {b}" if self.context.batched else ""
+        return f"Fitted({self.pfn.card.name!r}, n = {n}, d = {d}{added}{tasks})"
+
     def predict(self, x_query: Any, *, latent: bool = False) -> Predictive:
         """The posterior predictive at `x_query` (m, d), (m,) for d = 1, or (b, m, d).
 
@@ -510,7 +516,8 @@ class Fitted:
         with torch.inference_mode():
             null = draw_null(self.pfn, observed, self._ready.own, draws, generator)
             queries = self.units.map_x(x)[0]
-            found = judge(self.pfn.transformer, observed, null, queries, generator)
+            names = self.context.columns
+            found = judge(self.pfn.transformer, observed, null, queries, generator, names)
         self._warning = found.reason if found.verdict == "conflict" else None
         return found
 

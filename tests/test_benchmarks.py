@@ -145,6 +145,26 @@ def test_a_gap_is_the_mean_difference_of_log_densities(benchmark_module) -> None
     assert row["standard error"] == pytest.approx(0.1 / math.sqrt(3) / 2)
 
 
+def test_gradients_of_a_cold_nuts_are_counted_to_as_many_effective_draws(benchmark_module) -> None:
+    refine: ModuleType = benchmark_module("refine")
+    one, two = torch.zeros(1, 1), torch.tensor([[3.0, 3.0]])  # equally likely kernels
+    diagnostics = refine.Diagnostics(one, one, one, one + 600.0, one, one + 10.0)
+    chains, warmup, draws = refine.DEFAULT[:3]
+    cost = 10.0 * chains * (warmup + draws / 2)  # half as many draws are enough
+    assert refine.cold_gradients(diagnostics, 300.0) == pytest.approx(cost)
+    both = refine.Diagnostics(two, two, two, two * 100, two, torch.tensor([[10.0, 30.0]]))
+    cost = 40.0 * chains * (warmup + draws)  # kernels share the draws: 600 are effective in all
+    assert refine.cold_gradients(both, 600.0) == pytest.approx(cost)
+
+
+def test_a_divergence_is_that_of_two_normals(benchmark_module) -> None:
+    refine: ModuleType = benchmark_module("refine")
+    exact, answer = Normal(torch.zeros(()).double(), 1.0), Normal(torch.tensor(0.1).double(), 1.0)
+    y = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert refine.divergence(exact, answer, y) == pytest.approx(0.1**2 / 2, rel=0.03)
+    assert refine.divergence(exact, exact, y) == 0
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # by linear_operator
 def test_gpytorch_draws_the_tasks_of_the_prior_that_it_is_timed_against(benchmark_module) -> None:
     speed: ModuleType = benchmark_module("speed")

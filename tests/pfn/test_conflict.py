@@ -1,5 +1,6 @@
 """The check against the prior: calibrated on its data, and with power where a person sees it."""
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -96,6 +97,16 @@ def test_predict_warns_of_a_conflict_once(model: pfn.PFN) -> None:
     with pytest.warns(PriorDataConflict, match="row 7"):
         fitted.predict([0.5])
     fitted.predict([0.5])  # warnings are errors here
+
+
+def test_features_of_a_data_frame_are_named(model: pfn.PFN) -> None:
+    x, f, e = smooth(50, 1)
+    table = pd.DataFrame({"depth": x.numpy()})
+    fitted = model.condition((table, noise_on_the_right(x, f, e)))
+    check = fitted.check()
+    assert repr(fitted) == "Fitted('gp-1d', n = 50, d = 1)"
+    assert repr(check).startswith("Check('conflict', p_value=0.0")
+    assert "range of feature 'depth'" in check.reason
 
 
 def test_distances_of_the_query_are_told(model: pfn.PFN) -> None:

@@ -101,6 +101,7 @@ def test_comparison_finds_the_prior_that_drew_the_data() -> None:
     assert wiggly.probabilities[0] > 0.99
     assert straight.best == "linear"
     assert float(straight.probabilities.sum()) == pytest.approx(1)
+    assert repr(wiggly).startswith("Comparison(gp-1d: 1")
 
 
 def test_the_averaged_prediction_is_the_mixture_of_the_models() -> None:
