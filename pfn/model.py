@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from pfn.transformer import Latent, Mixture, Scaling, Seen, Transformer
 from pfn.units import FromContext, Units, context_units, prior_units
 from priors import Prior
 from priors.context import check_finite, order_columns, to_tensor
+
+if TYPE_CHECKING:
+    from pfn.refine import Refined
 
 CHUNK = 2**20  # numbers that a pass keeps for each expert: bounds memory for a million queries
 MATRICES = 2**22  # entries that a pass has in each expert's matrices: bounds memory for many tasks
@@ -520,6 +523,12 @@ class Fitted:
             found = judge(self.pfn.transformer, observed, null, queries, generator, names)
         self._warning = found.reason if found.verdict == "conflict" else None
         return found
+
+    def refine(self, *, draws: int = 1000, seed: int = 0) -> Refined:
+        """The exact posterior, starting from the network's answer; see `pfn.refine.refine`."""
+        from pfn.refine import refine  # on demand: it is built on this module
+
+        return refine(self, draws=draws, seed=seed)
 
     def latents(self) -> dict[str, Distribution]:
         """Posterior marginals of the prior's latents, in the units of the data.

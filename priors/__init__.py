@@ -22,6 +22,8 @@ from priors.scales import BurrXII as BurrXII
 from priors.searched import Searched as Searched
 from priors.tasks import ConditionalPrior as ConditionalPrior
 from priors.tasks import ConditionalTasks as ConditionalTasks
+from priors.tasks import LatentDensity as LatentDensity
+from priors.tasks import LatentPrior as LatentPrior
 from priors.tasks import Prior as Prior
 from priors.tasks import ReferencePrior as ReferencePrior
 from priors.tasks import Tasks as Tasks
