@@ -216,7 +216,7 @@ def _check(
     told = DataSets(units.map_x(x).to(dtype), units.map_y(y).to(dtype), known)
     with torch.inference_mode():
         first = DataSets(told.x[:1], told.y[:1], None if known is None else known[:1])
-        null = draw_null(model, first, own, NULL, generator)
+        null = draw_null(model, first, own, x.shape[1], NULL, generator)
         values, nulls = (
             conflict_statistics(network, data, generator).values for data in (told, null)
         )

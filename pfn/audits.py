@@ -8,8 +8,8 @@
   ones, of one feature, where the prior has these within seconds.
 
 Tasks come from the prior, in its own units, and are functions of the seed; those of `conflict` are
-standardised. Read `certify.py` first, which calls these, and `reliability.py` next, which draws
-what they found.
+standardised by their context. Read `certify.py` first, which calls these, and `reliability.py`
+next, which draws what they found.
 """
 
 from __future__ import annotations
@@ -25,19 +25,17 @@ from torch import Tensor
 from torch.distributions import Categorical, MultivariateNormal
 
 from pfn.coherence import exchangeability, martingale_test
-from pfn.conflict import draw_null, rank, statistics
+from pfn.conflict import LEVEL
 from pfn.diagnostics import ecdf_test, randomized_pit
 from pfn.evidence import DataSets, chain_rule, predict_points
 from pfn.fresh_tasks import Progress, Report, draw_tasks
 from pfn.model import PFN
-from pfn.units import FromContext
 from priors import Prior
 
 POINTS = 12  # of a joint draw
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the quantiles that the martingale test probes
 SIZES = (5, 20, 60)  # context points
 BINS = 50  # of values on [0, 1] that a figure shows
-NULL = 199  # data sets of the prior behind each check
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ class AuditSizes:
     orders: int = 4
     martingale_tasks: int = 200
     martingale_draws: int = 64
-    designs: int = 20  # inputs at which the check against the prior is calibrated
-    tasks_per_design: int = 100
+    conflict_tasks: int = 2000
+    conflict_draws: int = 39  # data sets of the prior behind each check
     latent_tasks: int = 1000
     given_tasks: int = 60  # of each context size
 
@@ -65,7 +63,7 @@ def default_sizes(max_features: int) -> AuditSizes:
         joint_tasks=30,
         evidence_tasks=50,
         martingale_tasks=100,
-        designs=10,
+        conflict_tasks=500,
         latent_tasks=500,
         given_tasks=20,
     )
@@ -156,40 +154,32 @@ def buffer_loss(
             point = point[0][:, :1], point[1][:, :1]
             within.append(predict_points(pfn.transformer, *prefix, None, *point).log_prob)
             report(Progress("buffer", k - n + 1, added))
-    loss = (torch.cat(within, 1) - behind).mean(1)
+    loss = (torch.cat(within, 1) - behind).mean(1).cpu()
     return {"n": n, "added": added, "d": d} | _mean_of(loss)
 
 
 def conflict(
     pfn: PFN, prior: Prior, sizes: AuditSizes, seed: int, report: Report
 ) -> dict[str, Any]:
-    """How often data sets of the prior are said not to look like it, at a level of 5 %.
-
-    Each design is the inputs of one task; data sets at a design share those that the prior draws
-    there, so the standard error is over designs.
-    """
-    rates, values = [], []
-    for i in range(sizes.designs):
-        n, d = max(8, _size(pfn, i)[0]), 1 + i % pfn.card.d_range[1]
-        drawn = draw_tasks(prior, n, d, tasks=1, queries=0, seed=seed, first=i, purpose="conflict")
-        design = DataSets(drawn.x.to(_dtype(pfn)), drawn.y.to(_dtype(pfn)), None)
-        generator = _generator(seed, "conflict", i)
-        own, count = FromContext(y=True), sizes.tasks_per_design
-        with torch.inference_mode():
-            told = [draw_null(pfn, design, own, size, generator) for size in (NULL, count)]
-            null, observed = (statistics(pfn.transformer, each, generator).values for each in told)
-        p_values = [rank(torch.cat([row.unsqueeze(0), null]))[0] for row in observed]
-        values += p_values
-        rates.append(sum(p <= 0.05 for p in p_values) / count)
-        report(Progress("conflict", i + 1, sizes.designs))
-    rate = _mean_of(torch.tensor(rates))
+    """How often `check` says of the prior's own data sets that they conflict with it."""
+    p_values = []
+    for i in range(sizes.conflict_tasks):
+        n, d = _size(pfn, i)
+        task = draw_tasks(
+            prior, max(8, n), d, tasks=1, queries=0, seed=seed, first=i, purpose="conflict"
+        )
+        fitted = pfn.condition((task.x[0], task.y[0]))
+        p_values.append(fitted.check(draws=sizes.conflict_draws, seed=i).p_value)
+        report(Progress("conflict", i + 1, sizes.conflict_tasks))
+    values = torch.tensor(p_values, dtype=torch.float64)
+    rate = _mean_of(values <= LEVEL)
     return {
-        "level": 0.05,
+        "level": LEVEL,
         "tasks": len(values),
-        "designs": sizes.designs,
+        "draws": sizes.conflict_draws,
         "false_alarms": rate["mean"],
         "standard_error": rate["standard_error"],
-        "histogram": histogram(torch.tensor(values)),
+        "histogram": histogram(values),
     }
 
 
@@ -205,7 +195,7 @@ def latents(
         marginals = pfn.condition((drawn.x[0], drawn.y[0]), standardize=False).latents()
         for name, marginal in marginals.items():
             pit = _pit(marginal, drawn.latents[name][0], generator)
-            one = pit.flatten()[i % pit.numel()]  # features of a task depend on each other
+            one = pit.flatten()[torch.randint(pit.numel(), (), generator=generator)]
             found.setdefault(name, []).append(one)
         report(Progress("latents", i + 1, sizes.latent_tasks))
     rows: list[dict[str, Any]] = []
@@ -226,8 +216,9 @@ def joint(
     nats per pair: log p(y_1, y_2) less the network's, by the chain rule.
     """
     rows: dict[tuple[int, bool], list[tuple[float, ...]]] = {}
+    within = _sizes_within(pfn)
     for i in range(sizes.joint_tasks):
-        n = SIZES[i % len(SIZES)]
+        n = within[i % len(within)]
         task = draw_tasks(prior, n, 1, tasks=1, queries=POINTS, seed=seed, first=i, purpose="joint")
         x, y, x_query, y_query = (part[0] for part in task)
         fitted = pfn.condition((x, y), standardize=False)
@@ -291,7 +282,7 @@ def given(
     if "noise" not in [latent.name for latent in pfn.card.architecture.latents]:
         return []
     table = []
-    for n in SIZES:
+    for n in _sizes_within(pfn):
         known: list[float] = []
         unknown: list[float] = []
         for i in range(sizes.given_tasks):
@@ -400,19 +391,22 @@ def _size(pfn: PFN, i: int) -> tuple[int, int]:
     return max(n, 1), 1 + i % pfn.card.d_range[1]
 
 
+def _sizes_within(pfn: PFN) -> list[int]:
+    """Of `SIZES`, those that the network was trained for."""
+    return [n for n in SIZES if n <= pfn.card.max_context] or [pfn.card.max_context]
+
+
 def _whole(pfn: PFN, prior: Prior, n: int, d: int, tasks: int, seed: int, name: str) -> DataSets:
     """Tasks all of whose points are context, in the network's dtype."""
     drawn = draw_tasks(prior, n, d, tasks=tasks, queries=0, seed=seed, purpose=name)
-    return DataSets(drawn.x.to(_dtype(pfn)), drawn.y.to(_dtype(pfn)), None)
+    like = pfn.transformer.embed_query
+    return DataSets(drawn.x.to(like), drawn.y.to(like), None)
 
 
 def _chain(pfn: PFN, data: DataSets, orders: int, seed: int) -> Tensor:
+    generator = torch.Generator(data.y.device).manual_seed(seed)
     with torch.inference_mode():
-        return chain_rule(pfn.transformer, *data, orders, _generator(seed, "chain", 0)).clone()
-
-
-def _dtype(pfn: PFN) -> torch.dtype:
-    return pfn.transformer.embed_query.dtype
+        return chain_rule(pfn.transformer, *data, orders, generator).clone().cpu()
 
 
 def _generator(seed: int, name: str, i: int) -> torch.Generator:

@@ -387,7 +387,7 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
     """The certificate for people: a rich table that holds one for each part."""
     page = Table.grid(padding=(1, 0))
     if certificate["gap"] is None:
-        page.add_row("The prior has no posterior: coverage and latency only.")
+        page.add_row("The prior has no posterior, hence no gap.")
     else:
         page.add_row(_gap_table(certificate["gap"]))
     page.add_row(_coverage_table(certificate["coverage"]))

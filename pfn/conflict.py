@@ -98,14 +98,23 @@ class Check:
 
 
 def draw_null(
-    pfn: PFN, observed: DataSets, own: FromContext, draws: int, generator: torch.Generator
+    pfn: PFN,
+    observed: DataSets,
+    own: FromContext,
+    first: int,
+    draws: int,
+    generator: torch.Generator,
 ) -> DataSets:
     """Data sets of the prior, mapped as the observed one was to the units of the network.
+
+    A given latent is taken for one in the prior's units as the network sees it. Where the context
+    sets the units of y, these are those of the data set, so that p-values are uniform about, not
+    exactly.
 
     Their inputs are those observed where the prior has `sample_at`, and else its own.
 
     Args:
-        own: which units the observed context set itself.
+        own: which units the observed context set itself, by its points up to `first`.
 
     Raises:
         ValueError: a model of curves or without its prior, or a given latent that is no field of
@@ -125,9 +134,10 @@ def draw_null(
     else:
         drawn = prior.sample(draws, n, d, generator=generator)
         x, y = drawn.x, drawn.y
-    units = context_units(x, y) if own.y else prior_units(x, y)
+    context = x[:, :first], y[:, :first]
+    units = context_units(*context) if own.y else prior_units(*context)
     if not own.x:
-        units = prior_units(x, y)._replace(y_shift=units.y_shift, y_scale=units.y_scale)
+        units = prior_units(*context)._replace(y_shift=units.y_shift, y_scale=units.y_scale)
     known, dtype = pfn.read_given(given or None, units, d), observed.y.dtype
     known = None if known is None else known.to(dtype)
     return DataSets(units.map_x(x).to(dtype), units.map_y(y).to(dtype), known)

@@ -2,7 +2,7 @@
 
 log p(y | x) = sum_i log p(y_i | x_i, the points before i). A prefix is encoded, the points after it
 are added behind it until there are half as many again, and the longer prefix is encoded anew: 11
-encodings for 50 points, with the accuracy of 50. A causal network says all of it in one pass.
+encodings for 50 points. A causal network says all of it in one pass.
 
 A predictive that is not quite coherent gives each order of the points an evidence of its own. The
 average over a few orders is a density as each of them is; their spread says how far to trust it.
@@ -40,8 +40,8 @@ class Evidence(NamedTuple):
     """The log evidence of data, in nats."""
 
     value: Tensor  # (b,)
-    error: Tensor  # (b,) the standard error that the orders' spread leaves
-    spread: Tensor  # (b,) their standard deviation
+    error: Tensor  # (b,) the standard error that the mean density over orders has, to first order
+    spread: Tensor  # (b,) the standard deviation over orders
 
 
 def log_evidence(
@@ -62,8 +62,11 @@ def log_evidence(
         return Evidence(each, torch.zeros_like(each), torch.zeros_like(each))
     each = chain_rule(network, x, y, known, orders, generator)
     value = each.logsumexp(0) - math.log(orders)
-    spread = each.std(0) if orders > 1 else torch.full_like(value, math.nan)
-    return Evidence(value, spread / math.sqrt(orders), spread)
+    if orders == 1:
+        return Evidence(value, *[torch.full_like(value, math.nan)] * 2)
+    density = (each - each.amax(0)).exp()
+    error = density.std(0) / density.mean(0) / math.sqrt(orders)
+    return Evidence(value, error, each.std(0))
 
 
 def chain_rule(

@@ -317,7 +317,7 @@ def add(solved: Solved, points: Points) -> Added:
     weights = solved.precision @ cross
     left = correlation(theta, place, place).double() - cross.mT @ weights
     factor = cholesky(left + theta.noise.expand_as(points.y).diag_embed())
-    whitener = torch.linalg.solve_triangular(factor, _eye(factor), upper=False)
+    whitener = torch.linalg.solve_triangular(factor, eye(factor), upper=False)
     residual = (points.y - theta.mean).unsqueeze(-1) - cross.mT @ solved.pull.unsqueeze(-1)
     white = (whitener @ residual).squeeze(-1)
     return Added(place, weights, whitener, white, factor.diagonal(dim1=1, dim2=2).log())
@@ -492,10 +492,11 @@ def cholesky(matrix: Tensor) -> Tensor:
     ridge = RIDGE
     while bool(failed.any()) and ridge < 1:  # what holds NaN never succeeds
         ridge *= 10
-        matrix = matrix + ridge * (failed > 0)[..., None, None] * _eye(matrix)
+        matrix = matrix + ridge * (failed > 0)[..., None, None] * eye(matrix)
         factor, failed = torch.linalg.cholesky_ex(matrix)
     return factor
 
 
-def _eye(matrix: Tensor) -> Tensor:
+def eye(matrix: Tensor) -> Tensor:
+    """The identity of the last axis, like the matrix."""
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

@@ -101,7 +101,8 @@ def predict(
 
     Args:
         model: a shipped name, a path, a PFN, "auto": "gp-1d" for one feature, "gp" for up to 12; or
-            "best": of the shipped models that fit the data, the one of highest evidence.
+            "best": of the shipped models that were trained for as many points and features, the one
+            of highest evidence, for one task.
         latent, given, standardize, bounds, extrapolate_n: see `PFN.condition`, `Fitted.predict`.
 
     Returns:
@@ -164,6 +165,8 @@ def compare(
             f"Expected one task to compare models on; got a batch of {len(checked.y)}. Compare task"
             " by task."
         )
+    if isinstance(models, str):
+        raise ValueError(f"Expected a list of models to compare; got {models!r}.")
     n, d = checked.x.shape[1:]
     chosen = _comparable(n, d, given or {}) if models is None else models
     if not len(chosen):

@@ -403,12 +403,14 @@ class Fitted:
         Args:
             x_query: (m, d), (m,) for d = 1, or (b, m, d).
             latent: of the noise-free function instead of new noisy observations.
+            seed: of all draws.
 
         Returns:
             (draws, m), or (draws, b, m), in the query's floating dtype and on its device.
 
         Raises:
-            ValueError: if the query does not fit the context, or for a model of curves.
+            ValueError: if the query does not fit the context, fewer than one draw, or a model of
+                curves.
 
         Example:
             >>> import pfn
@@ -427,7 +429,8 @@ class Fitted:
             raise ValueError(f"Expected at least 1 draw; got draws={draws}.")
         mapped = self.units.map_x(x.to(keys.device)).to(keys.dtype)
         generator = torch.Generator(keys.device).manual_seed(seed)
-        added = None if self._added is None else self._added
+        added, units = self._added, self.units
+        y_scale, y_shift = (part.expand(len(mapped)) for part in (units.y_scale, units.y_shift))
         paths = []
         with torch.inference_mode():
             for task, grid in enumerate(mapped):
@@ -437,7 +440,7 @@ class Fitted:
                     transformer, encoded, grid, draws, told, latent=latent, generator=generator
                 )
                 path = encoded.scaling.center + encoded.scaling.scale * path
-                paths.append(path.double() * self.units.y_scale[task] + self.units.y_shift[task])
+                paths.append(path.double() * y_scale[task] + y_shift[task])
         return self._unbatch(torch.stack(paths, 1), dim=1).to(x.device, dtype)
 
     def _encoded_task(self, task: int) -> Any:
@@ -454,16 +457,17 @@ class Fitted:
 
         By the chain rule of predictives, averaged over a few orders of the rows. With
         `standardize`, it is of the prior in the units that the context sets, with their Jacobian:
-        then only differences between models on the same data mean something.
+        then only differences between models on the same data mean something. It carries no
+        gradient.
 
         Raises:
             ValueError: fewer than one order.
         """
-        return self._evidence(orders, seed).value
+        return self._evidence(orders, seed).value.clone()
 
     def log_evidence_error(self, *, orders: int = 4, seed: int = 0) -> Tensor:
         """The standard error of `log_evidence`, by the spread over orders; NaN for one order."""
-        return self._evidence(orders, seed).error
+        return self._evidence(orders, seed).error.clone()
 
     def _evidence(self, orders: int, seed: int) -> Evidence:
         if orders < 1:
@@ -473,7 +477,7 @@ class Fitted:
             generator = torch.Generator(data.y.device).manual_seed(seed)
             with torch.inference_mode():
                 found = log_evidence(self.pfn.transformer, *data, orders, generator)
-            value = found.value - data.y.shape[1] * self.units.y_scale.log()
+            value = found.value - data.y.shape[1] * self.units.y_scale.detach().log()
             found = found._replace(value=value)
             self._evidences[orders, seed] = Evidence(*(self._unbatch(p.clone()) for p in found))
         return self._evidences[orders, seed]
@@ -501,12 +505,12 @@ class Fitted:
             draws: data sets of the prior; the p-value is a multiple of 1 / (1 + draws).
 
         Raises:
-            ValueError: a batched context, fewer than 4 points, a model without its prior or of
-                curves, or a given latent that the prior cannot be told.
+            ValueError: a batched context, fewer than 4 points or 19 draws, a model without its
+                prior or of curves, or a given latent that the prior cannot be told.
         """
-        observed = self._every_point()
+        observed, first = self._every_point(), self._ready.y.shape[1]
         n = observed.y.shape[1]
-        if len(observed.y) > 1 or n < LEAST_POINTS:
+        if self.context.batched or n < LEAST_POINTS:
             raise ValueError(
                 f"Expected one context of at least {LEAST_POINTS} points to check; got"
                 f" {len(observed.y)} of {n}."
@@ -517,7 +521,7 @@ class Fitted:
         x = check_query(x_query, self.context)[0].to(observed.x.device)
         generator = torch.Generator(observed.y.device).manual_seed(seed)
         with torch.inference_mode():
-            null = draw_null(self.pfn, observed, self._ready.own, draws, generator)
+            null = draw_null(self.pfn, observed, self._ready.own, first, draws, generator)
             queries = self.units.map_x(x)[0]
             names = self.context.columns
             found = judge(self.pfn.transformer, observed, null, queries, generator, names)

@@ -40,6 +40,8 @@ def draw_paths(
     Args:
         told: points (k, d), (k,) that were added behind the context, in the prior's units.
     """
+    if not len(grid):
+        return grid.new_empty(draws, 0)
     x_told, y_told = (grid[:0], grid[:0, 0]) if told is None else told
     values = encoded.scaling.apply(y_told.unsqueeze(0))[0]
     points = torch.cat([x_told, grid])

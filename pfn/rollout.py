@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from pfn.experts import RIDGE, Forecast, Solved, cholesky, correlation, inputs_of_each
+from pfn.experts import RIDGE, Forecast, Solved, cholesky, correlation, eye, inputs_of_each
 from pfn.transformer import Encoded, EncodedLayer, Final, Transformer, place
 
 
@@ -170,7 +170,11 @@ class ExpertsWalk:
             torch.randn(s, size, 1, dtype=torch.float64, device=chosen.device, generator=generator)
             for size in (m, self._order.shape[1], m)
         )
-        drawn = (cholesky(_ridged(self._left))[chosen] @ z).squeeze(-1)  # (s, m)
+        drawn = torch.empty_like(z.squeeze(-1))  # (s, m)
+        for expert in chosen.unique():
+            left = self._left[expert] + RIDGE * eye(self._left)
+            some = chosen == expert
+            drawn[some] = (z[some].squeeze(-1)) @ cholesky(left.unsqueeze(0))[0].mT
         observed = drawn.gather(1, self._order).unsqueeze(-1) + noise.sqrt().unsqueeze(-1) * eps
         said = rows.mT @ torch.cholesky_solve(observed, factor)
         weights = torch.linalg.solve_triangular(factor, rows, upper=False)
@@ -186,10 +190,6 @@ class ExpertsWalk:
         noise = (variance * self._noise).expand(len(mean), 1, -1)
         log_evidence = self._log_evidence.unsqueeze(1)
         return Forecast(mean, variance * left.clamp_min(RIDGE), noise, log_evidence)
-
-
-def _ridged(covariance: Tensor) -> Tensor:
-    return covariance + RIDGE * torch.eye(len(covariance[0]), dtype=covariance.dtype)
 
 
 def _attend(query: Tensor, layer: EncodedLayer, own: Tensor) -> Tensor:

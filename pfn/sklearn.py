@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 
+COMPARED = 256  # rows that "best" compares models on, at most
+
+
 class PFNRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """Regression by the posterior predictive: `fit` encodes the data, with nothing to optimise.
 
@@ -70,11 +73,12 @@ class PFNRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             ValueError: on bad data, or more features than the model was trained for.
         """
         X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
-        network = choose_for((X, y), self.model)
+        rows = check_random_state(self.random_state).permutation(len(X))
+        some = rows[:COMPARED] if len(X) > COMPARED else slice(None)
+        network = choose_for((X[some], y[some]), self.model, standardize=self.standardize)
         limit = 4 * network.card.max_context
         if len(X) > limit:
-            rows = check_random_state(self.random_state).permutation(len(X))[:limit]
-            X, y = X[rows], y[rows]
+            X, y = X[rows[:limit]], y[rows[:limit]]
         double = PFN(deepcopy(network.transformer).double(), network.card, network.prior)
         self.fitted_ = double.condition((X, y), standardize=self.standardize)
         return self

@@ -19,8 +19,8 @@ FEW = AuditSizes(
     orders=3,
     martingale_tasks=30,
     martingale_draws=16,
-    designs=2,
-    tasks_per_design=30,
+    conflict_tasks=40,
+    conflict_draws=19,
     latent_tasks=60,
     given_tasks=3,
 )
@@ -42,8 +42,8 @@ def test_all_audits_of_a_network_whose_posterior_is_known(model: pfn.PFN) -> Non
     assert coherence["martingale"]["p_value"] > 1e-4
     assert coherence["exchangeability"]["spread"] < 0.05
     assert abs(coherence["buffer"]["mean"]) < 0.1
-    assert found["conflict"]["false_alarms"] <= 0.05 + 4 * (0.05 / 60) ** 0.5
-    assert sum(found["conflict"]["histogram"]) == 60
+    assert found["conflict"]["false_alarms"] <= 0.05 + 4 * (0.05 / 40) ** 0.5
+    assert sum(found["conflict"]["histogram"]) == 40
     assert [row["latent"] for row in found["latents"]] == ["lengthscale", "outputscale", "noise"]
     assert all(row["p_value"] > 1e-4 for row in found["latents"])
     assert [(row["n"], row["latent"]) for row in found["joint"]] == [

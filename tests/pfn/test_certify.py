@@ -37,8 +37,8 @@ FEW = AuditSizes(
     orders=2,
     martingale_tasks=3,
     martingale_draws=4,
-    designs=2,
-    tasks_per_design=2,
+    conflict_tasks=2,
+    conflict_draws=19,
 )
 
 
@@ -391,3 +391,17 @@ def test_the_exact_gaussian_process_certifies_itself() -> None:
         variance = 1 + 0.1 - (weights * k[0]).sum(0)
         expected = Normal(mean, variance.sqrt()).log_prob(drawn.y_query[i])
         assert torch.allclose(found.log_prob[i], expected, rtol=0, atol=1e-6)  # jitter of 1e-10
+
+
+def test_a_gap_can_be_kept(tmp_path: Path) -> None:
+    network = tiny_network()
+    save_checkpoint(tmp_path, network, tiny_card(network))
+    options: dict[str, Any] = {"prior": Level(), "tasks": 3, "coverage_tasks": 8, "audits": False}
+    with pytest.raises(ValueError, match="a gap to keep on the card of 'tiny'"):
+        certify_checkpoint(tmp_path, keep_gap=True, **options)
+    first = certify_checkpoint(tmp_path, command="first", **options)
+    second = certify_checkpoint(
+        tmp_path, keep_gap=True, command="second", **options | {"prior": SampleOnly()}
+    )
+    assert second["gap"] == first["gap"]
+    assert (first["gap"]["command"], second["command"]) == ("first", "second")

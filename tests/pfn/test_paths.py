@@ -161,6 +161,21 @@ def test_added_points_are_seen(model: pfn.PFN) -> None:
     assert float(error.abs().max()) < 0.3
 
 
+def test_alternatives_that_were_added_have_paths_each(model: pfn.PFN) -> None:
+    fitted = model.condition(([0.1, 0.5, 0.9], [0.0, 1.0, 0.3]))
+    y = torch.tensor([[-3.0], [0.5], [4.0]])
+    added = fitted.extend(torch.full((3, 1, 1), 0.3), y)
+    paths = added.sample_paths(torch.tensor([0.29, 0.7]).expand(3, 2).unsqueeze(-1), 60)
+    assert paths.shape == (60, 3, 2)
+    near = paths[..., 0].mean(0)
+    assert near[0] < near[1] < near[2]
+
+
+def test_no_queries_have_empty_paths(model: pfn.PFN) -> None:
+    fitted = model.condition(([0.1, 0.5, 0.9], [0.0, 1.0, 0.3]))
+    assert fitted.sample_paths(torch.empty(0, 1), 7, latent=True).shape == (7, 0)
+
+
 def test_bad_requests(model: pfn.PFN) -> None:
     fitted = model.condition(([0.1, 0.5, 0.9], [0.0, 1.0, 0.3]))
     with pytest.raises(ValueError, match="at least 1 draw; got draws=0"):

@@ -18,8 +18,8 @@ FEW = AuditSizes(
     orders=2,
     martingale_tasks=4,
     martingale_draws=8,
-    designs=2,
-    tasks_per_design=4,
+    conflict_tasks=4,
+    conflict_draws=19,
     latent_tasks=20,
     given_tasks=2,
 )
