@@ -35,6 +35,7 @@ from priors import Prior
 POINTS = 12  # of a joint draw
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the quantiles that the martingale test probes
 SIZES = (5, 20, 60)  # context points
+CHECKED = (8, 60)  # context points of the data sets on which `check` is calibrated
 BINS = 50  # of values on [0, 1] that a figure shows
 
 
@@ -165,9 +166,8 @@ def conflict(
     p_values = []
     for i in range(sizes.conflict_tasks):
         n, d = _size(pfn, i)
-        task = draw_tasks(
-            prior, max(8, n), d, tasks=1, queries=0, seed=seed, first=i, purpose="conflict"
-        )
+        n = min(max(n, CHECKED[0]), CHECKED[1])
+        task = draw_tasks(prior, n, d, tasks=1, queries=0, seed=seed, first=i, purpose="conflict")
         fitted = pfn.condition((task.x[0], task.y[0]))
         p_values.append(fitted.check(draws=sizes.conflict_draws, seed=i).p_value)
         report(Progress("conflict", i + 1, sizes.conflict_tasks))
