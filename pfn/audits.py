@@ -64,7 +64,6 @@ def default_sizes(max_features: int) -> AuditSizes:
         joint_tasks=30,
         evidence_tasks=50,
         martingale_tasks=100,
-        conflict_tasks=200,
         latent_tasks=500,
         given_tasks=20,
     )
