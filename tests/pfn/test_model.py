@@ -520,7 +520,7 @@ def test_one_lengthscale_for_all_features_needs_equal_ranges() -> None:
     assert fitted.latents()["lengthscale"].batch_shape == ()
     own = model.condition((x, y), standardize=False, given={"lengthscale": 0.2})
     one, other = (
-        model._known({"lengthscale": v}, f.units, 2) for v, f in ((2, fitted), (0.2, own))
+        model.read_given({"lengthscale": v}, f.units, 2) for v, f in ((2, fitted), (0.2, own))
     )
     torch.testing.assert_close(one, other)
 
