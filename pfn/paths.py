@@ -22,7 +22,7 @@ from pfn.rollout import Rollout
 from pfn.transformer import Encoded, Mixture, Transformer
 
 MOST = 128  # points that a draw visits: as many as networks are trained to add to a context
-ENTRIES = 2**26  # of the matrices of draws that walk at once: half a GiB, and half the time of 2**23
+ENTRIES = 2**26  # of the matrices of draws that walk at once: half a GiB; fewer take longer
 
 
 def draw_paths(
