@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import Chi2
 
 import pfn
-from pfn.conflict import draw_null, rank
+from pfn.conflict import IN_WORDS, LEVEL, draw_null, rank
 from pfn.conflict import statistics as conflict_statistics
 from pfn.evidence import DataSets
 from pfn.units import FromContext, context_units, prior_units
@@ -131,14 +131,13 @@ def power(tasks: int = 100, n: int = 50, model: str = "gp-1d", seed: int = 0) ->
             for p, columns in _check(network, x.expand(len(y), -1, -1), y, given, generator):
                 p_values.append(p)
                 each.append(columns)
-        caught = torch.tensor(p_values) <= 0.05
-        alone = (torch.stack(each) <= 0.05).double().mean(0)
-        names = ("evidence", "outlier", "tails", "spread", "pattern", "structure")
+        caught = torch.tensor(p_values) <= LEVEL
+        alone = (torch.stack(each) <= LEVEL).double().mean(0)
         row = {
             "misfit": name,
             "tasks": len(caught),
             "caught": float(caught.double().mean()),
-            **dict(zip(names, alone.tolist(), strict=True)),
+            **dict(zip(IN_WORDS, alone.tolist(), strict=True)),
         }
         rows.append(row)
         print(row, flush=True)

@@ -14,7 +14,6 @@ next, which draws what they found.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pfn.coherence import exchangeability, martingale_test
 from pfn.conflict import LEVEL
 from pfn.diagnostics import ecdf_test, randomized_pit
 from pfn.evidence import DataSets, chain_rule, predict_points
-from pfn.fresh_tasks import Progress, Report, draw_tasks
+from pfn.fresh_tasks import Progress, Report, draw_tasks, named_generator
 from pfn.model import PFN
 from priors import Prior
 
@@ -405,12 +404,11 @@ def _whole(pfn: PFN, prior: Prior, n: int, d: int, tasks: int, seed: int, name: 
 def _chain(pfn: PFN, data: DataSets, orders: int, seed: int) -> Tensor:
     generator = torch.Generator(data.y.device).manual_seed(seed)
     with torch.inference_mode():
-        return chain_rule(pfn.transformer, *data, orders, generator).clone().cpu()
+        return chain_rule(pfn.transformer, data, orders, generator).clone().cpu()
 
 
 def _generator(seed: int, name: str, i: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"audit/{name}/{seed}/{i}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return named_generator(f"audit/{name}/{seed}/{i}")
 
 
 def _mean_of(values: Tensor) -> dict[str, float]:

@@ -45,22 +45,17 @@ class Evidence(NamedTuple):
 
 
 def log_evidence(
-    network: Network,
-    x: Tensor,
-    y: Tensor,
-    known: Tensor | None,
-    orders: int,
-    generator: torch.Generator,
+    network: Network, data: DataSets, orders: int, generator: torch.Generator
 ) -> Evidence:
-    """The log evidence of `DataSets`, averaged over random orders of their points."""
-    b, n = y.shape
+    """The log evidence of data, averaged over random orders of their points."""
+    b, n = data.y.shape
     if not n:
-        zero = y.new_zeros(b, dtype=torch.float64)
+        zero = data.y.new_zeros(b, dtype=torch.float64)
         return Evidence(zero, zero, zero)
     if network.config.causal:  # whose points have one order
-        each = one_step_ahead(network, x, y, known).log_prob.sum(1)
+        each = one_step_ahead(network, *data).log_prob.sum(1)
         return Evidence(each, torch.zeros_like(each), torch.zeros_like(each))
-    each = chain_rule(network, x, y, known, orders, generator)
+    each = chain_rule(network, data, orders, generator)
     value = each.logsumexp(0) - math.log(orders)
     if orders == 1:
         return Evidence(value, *[torch.full_like(value, math.nan)] * 2)
@@ -69,16 +64,9 @@ def log_evidence(
     return Evidence(value, error, each.std(0))
 
 
-def chain_rule(
-    network: Network,
-    x: Tensor,
-    y: Tensor,
-    known: Tensor | None,
-    orders: int,
-    generator: torch.Generator,
-) -> Tensor:
+def chain_rule(network: Network, data: DataSets, orders: int, generator: torch.Generator) -> Tensor:
     """The log densities (o, b) that random orders of the points give the whole of them."""
-    each = []
+    (x, y, known), each = data, []
     for _ in range(orders):
         order = torch.rand(y.shape, generator=generator, device=y.device).argsort(1)
         ordered = x.gather(1, order.unsqueeze(-1).expand_as(x)), y.gather(1, order)

@@ -43,12 +43,11 @@ def draw_tasks(
     first: int = 0,
     purpose: str = "gap",
 ) -> Split:
-    """Tasks `first` to `first + tasks - 1` of a cell; task i is a function of (seed, n, d, i)."""
+    """Tasks `first` to `first + tasks - 1` of a cell, functions of (purpose, seed, n, d, i)."""
     drawn = []
     for i in range(first, first + tasks):
         name = f"certificate/{purpose}/{seed}/{n}/{d}/{i}"
-        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        generator = named_generator(name)
         task = prior.sample(1, n + queries, d, generator=generator)
         if task.num_context is not None and task.num_context < n:
             raise ValueError(
@@ -58,3 +57,9 @@ def draw_tasks(
         drawn.append((task.x, task.y))
     x, y = (torch.cat(part) for part in zip(*drawn, strict=True))
     return Split(x[:, :n], y[:, :n], x[:, n:], y[:, n:])
+
+
+def named_generator(name: str) -> torch.Generator:
+    """A generator whose seed is a function of a name."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -476,7 +476,7 @@ class Fitted:
             data = self._every_point()
             generator = torch.Generator(data.y.device).manual_seed(seed)
             with torch.inference_mode():
-                found = log_evidence(self.pfn.transformer, *data, orders, generator)
+                found = log_evidence(self.pfn.transformer, data, orders, generator)
             value = found.value - data.y.shape[1] * self.units.y_scale.detach().log()
             found = found._replace(value=value)
             self._evidences[orders, seed] = Evidence(*(self._unbatch(p.clone()) for p in found))

@@ -2,9 +2,8 @@
 
 Its reference is a sampler that respects the hard walls of that prior, and MCMC at the published
 settings. Time is a fraction of the horizon, and y is in the prior's own units, so nothing is
-standardised: ask with `standardize=False`. The network is narrow, for speed: twice as wide and one
-layer deeper it gains a hundredth of a nat. The network for real curves is another, on
-`LearningCurves()`.
+standardised: ask with `standardize=False`. The network is narrow, for speed. The one for real
+curves is another, on `LearningCurves()`.
 """
 
 from pfn.pretrain import PretrainConfig
