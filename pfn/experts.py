@@ -37,11 +37,11 @@ RIDGE = 1e-5  # least noise and least variance left, relative to an expert's var
 # Processes for Machine Learning, equations 4.9 and 4.17; r is sqrt(scale) times a distance over the
 # lengthscale.
 NEAR = 1e-14
-SCALES = [1.0, 5.0, 3.0]
-#              far    p      q    s    t       u       v
-KERNELS = [[100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0],
-           [500.0, 1.0, 1 / 3, 1.0, 0.0, -1 / 6, -1 / 6],
-           [300.0, 1.0, 0.0, 1.0, 0.0, -1 / 2, 0.0]]  # fmt: skip
+SCALES = {"rbf": 1.0, "matern52": 5.0, "matern32": 3.0}
+KERNELS = {#              far    p      q    s    t       u       v
+           "rbf":      [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0],
+           "matern52": [500.0, 1.0, 1 / 3, 1.0, 0.0, -1 / 6, -1 / 6],
+           "matern32": [300.0, 1.0, 0.0, 1.0, 0.0, -1 / 2, 0.0]}  # fmt: skip
 PSEUDO_COUNT = 1.0  # weight of a proposed variance beside the context's residuals, in observations
 GLOBALS = 3  # hyperparameters besides one lengthscale for each feature: noise, mean, variance
 HIDDEN = 48  # units of a refinement
@@ -122,7 +122,7 @@ class Experts(nn.Module):
         with torch.no_grad():  # of each kernel, from far- to near-sighted; noise of 2 %
             start = self.propose.bias[:slots].view(experts, -1)
             start[:, -GLOBALS] = -4.0
-            for kind in start.tensor_split(3):
+            for kind in start.tensor_split(len(config.expert_kernels)):
                 kind[:, : config.max_features] = torch.linspace(-2, 2, len(kind)).unsqueeze(-1)
 
     def solve(
@@ -151,11 +151,11 @@ class Experts(nn.Module):
         points = seen_by_each(e, x, y)
         for refinement in itertools.islice(self.refinements, self.config.count_refinements(n)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
-                now = evidence_slopes(to_theta(values), points)
+                now = evidence_slopes(self._theta(values), points)
             now = now.view_as(values).to(values).asinh()
             move = gain * refinement(torch.stack([values, now, slopes, move], -1), task)
             values, slopes = values + move, now
-        solved = solve(to_theta(values), points)
+        solved = solve(self._theta(values), points)
         summary = torch.cat([solved.log_evidence / (1 + n), solved.log_variance], -1)
         told = torch.cat(
             [
@@ -167,6 +167,9 @@ class Experts(nn.Module):
             dim=-1,
         )
         return solved, self.to_logit(task).unsqueeze(1), told.flatten(1)
+
+    def _theta(self, values: Tensor) -> Theta:
+        return to_theta(values, self.config.expert_kernels)
 
     def tell_task(self, report: Tensor) -> Tensor:
         """What the task token (b, 1, w) learns: the hyperparameters, and how well they do."""
@@ -236,18 +239,20 @@ class Refinement(nn.Module):
         return torch.cat(moves, -1)
 
 
-def to_theta(values: Tensor) -> Theta:
+def to_theta(values: Tensor, kernels: tuple[str, ...]) -> Theta:
     """Hyperparameters from unconstrained values (b, e, d + GLOBALS).
 
-    Those are log(d precision) of each feature, log noise, mean and log variance. The first third of
-    the experts is squared exponential, then Matern 5/2, then Matern 3/2.
+    Those are log(d precision) of each feature, log noise, mean and log variance.
+
+    Args:
+        kernels: names in `KERNELS`, each of an equal part of the experts, in this order.
     """
     b, e, d = *values.shape[:2], values.shape[-1] - GLOBALS
-    low, high, log_scale = _limits(e, d, values.dtype, values.device)
+    low, high, log_scale = _limits(kernels, e, d, values.dtype, values.device)
     limited = values.clamp(low, high)
     metric = torch.add(log_scale, limited[..., :d], alpha=0.5).exp()
     noise, mean, log_variance = limited[..., d:].flatten(0, 1).split(1, dim=-1)
-    kernel = _kernels(b, e, values.dtype, values.device)
+    kernel = _kernels(kernels, b, e, values.dtype, values.device)
     return Theta(e, kernel, metric.flatten(0, 1).unsqueeze(1), noise.exp(), mean, log_variance)
 
 
@@ -441,28 +446,29 @@ def _squared_distance(left: Tensor, right: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept may meet gradients later
 def _kernels(
-    tasks: int, experts: int, dtype: torch.dtype, device: torch.device
+    kernels: tuple[str, ...], tasks: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
     """The columns of `KERNELS` for each expert, (g, 1, 1)."""
-    columns = torch.tensor(KERNELS, dtype=dtype)[_kinds(experts)].repeat(tasks, 1).T
+    rows = [KERNELS[name] for name in _of_each(kernels, experts)]
+    columns = torch.tensor(rows, dtype=dtype).repeat(tasks, 1).T
     return columns[..., None, None].contiguous().to(device).unbind()
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept may meet gradients later
 def _limits(
-    experts: int, d: int, dtype: torch.dtype, device: torch.device
+    kernels: tuple[str, ...], experts: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Least and largest values (d + GLOBALS,), and what makes a metric of log precisions (e, 1)."""
     low = torch.tensor([-12.0] * d + [math.log(RIDGE), -math.inf, -10.0], dtype=dtype)
     high = torch.tensor([9.0] * d + [5.0, math.inf, 10.0], dtype=dtype)
-    scale = torch.tensor(SCALES, dtype=dtype)[_kinds(experts)].unsqueeze(-1)
-    log_scale = 0.5 * (scale.log() - math.log(d))
+    scale = torch.tensor([SCALES[name] for name in _of_each(kernels, experts)], dtype=dtype)
+    log_scale = 0.5 * (scale.log() - math.log(d)).unsqueeze(-1)
     return low.to(device), high.to(device), log_scale.to(device)
 
 
-def _kinds(experts: int) -> Tensor:
-    return torch.arange(experts) * 3 // experts
+def _of_each(kernels: tuple[str, ...], experts: int) -> list[str]:
+    return [kernels[i * len(kernels) // experts] for i in range(experts)]
 
 
 class _Inverse(torch.autograd.Function):

@@ -33,9 +33,10 @@ from pfn.network import Network, build
 from pfn.optim import Optimizer
 from pfn.transformer import Final, Latent, Mixture, TransformerConfig
 from pfn.units import FromContext, Units, context_units, prior_units
-from priors import ConditionalPrior, Prior
+from priors import ConditionalPrior, ParticlePrior, ParticleTasks, Prior
 
-STRATA = 8  # draws of y per query from its conditional, one per equal slice of probability
+STRATA = 8  # draws of y per query from what the prior knows of it, one per slice of probability
+LATENT_STRATA = 4  # draws of a task's latents, where the prior knows several
 SHOCK = 10.0  # nats
 PROBE = 4096  # prior tasks behind the frozen moments of y and of the latents
 
@@ -50,11 +51,13 @@ class PretrainConfig:
             besides, about log-uniformly.
         max_context: contexts have 0 .. max_context points, about log-uniformly; a causal network
             is shown a fifth to all of them, uniformly, and trained on their beginnings.
-        width, layers, heads, expansion, fourier_octaves, components, least_refinements,
-            refinements: of the `TransformerConfig`.
+        width, layers, heads, expansion, fourier_octaves, components, expert_kernels,
+            least_refinements, refinements: of the `TransformerConfig`.
         seconds: wall-clock budget, over all parts of a run that was stopped and continued.
         tasks: budget in prior tasks; only with this one does a continued run repeat exactly.
         queries: query points per task.
+        particles: values of the latents behind a query's target, where the prior can weigh others
+            than those that drew the task (`priors.ParticlePrior`); 1 takes these alone.
         tokens: context and query points per step, over all micro-batches.
         micro_batches: parts of a step, each with its own sizes; shared among processes.
         causal: whether the rows of a task are in order, as of curves, and the network is one that
@@ -93,11 +96,13 @@ class PretrainConfig:
     expansion: int = 2
     fourier_octaves: int = 4
     components: int = 6
+    expert_kernels: tuple[str, ...] = TransformerConfig.expert_kernels
     least_refinements: int = 1
     refinements: int = 6
     seconds: float | None = None
     tasks: int | None = None
     queries: int = 24
+    particles: int = 32
     tokens: int = 2048
     micro_batches: int = 2
     causal: bool = False
@@ -304,13 +309,13 @@ class Lesson(NamedTuple):
     entropy: Tensor  # () mean entropy of y given the latents; NaN where the prior cannot tell
     known: Tensor  # (b, slots) standardised latents, NaN where hidden from the network
     own: FromContext
-    latents: Tensor | None  # (b, slots) all of them, when their heads are trained; NaN: none
+    latents: Tensor | None  # (s, b, slots) draws of them, when their heads are trained; NaN: none
 
 
 def loss(model: Network, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     """The training loss, and for people: the loss of y alone and its excess over known latents.
 
-    Expected negative log density of y, in nats per query, plus half of f's and a tenth of the
+    Expected negative log density of y, in nats per query, plus f's and a tenth of the
     latents'. Draws that surprise by more than `SHOCK` nats count less.
     """
     context = (lesson.x, lesson.y, lesson.known, lesson.own)
@@ -334,7 +339,7 @@ def loss(model: Network, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
         log_scale = scale.log().mean()
         loss_y = log_scale - _mean_log_prob(model.mixture_y(final), y_draws)
         loss_f = log_scale - _mean_log_prob(model.mixture_f(final), f_draws)
-        value = loss_y + 0.5 * loss_f
+        value = loss_y + loss_f
         if lesson.latents is not None:
             value = value + 0.1 * latent_loss(model, final, lesson)
     return value, loss_y.detach(), (loss_y - lesson.entropy).detach()
@@ -345,17 +350,17 @@ def latent_loss(model: Network, final: Final, lesson: Lesson) -> Tensor:
     assert lesson.latents is not None
     mixture, logits = model.latent_head(final)
     there = ~lesson.latents.isnan()
-    log_prob = mixture_log_prob(*mixture, lesson.latents.nan_to_num(0.0))  # (b, slots)
+    log_prob = mixture_log_prob(*mixture, lesson.latents.nan_to_num(0.0))  # (s, b, slots)
     terms = []
     start = 0
     for latent in model.config.latents:
         stop = start + model.config.slots(latent)
         if latent.categories:
-            chosen = lesson.latents[:, start:stop].argmax(-1)
+            chosen = lesson.latents[0, :, start:stop].argmax(-1)  # one for all draws
             terms.append(-F.cross_entropy(logits[:, start:stop], chosen).unsqueeze(0))
         else:
-            used = there[:, start:stop]
-            total = (log_prob[:, start:stop] * used).sum(0)
+            used = there[..., start:stop].flatten(0, 1)
+            total = (log_prob[..., start:stop].flatten(0, 1) * used).sum(0)
             terms.append((total / used.sum(0).clamp_min(1))[used.any(0)])
         start = stop
     every = torch.cat(terms)
@@ -411,15 +416,33 @@ def draw_lesson(
         return draw_curves(prior, network, sizes, m, generator)
     if sizes.buffer:
         visible = torch.randint(sizes.buffer + 1, (m,), device=device, generator=generator)
-    if isinstance(prior, ConditionalPrior):
-        sees = torch.full((m,), n, device=device) if visible is None else visible + sizes.context
+    reveal = draw_reveal(sizes.batch, network, config, generator)
+    sees = torch.full((m,), n, device=device) if visible is None else visible + sizes.context
+    every: list[dict[str, Tensor]] = []  # further draws of the latents, given the context
+    if isinstance(prior, ParticlePrior):
+        of_context = torch.full((1,), sizes.context, device=device)  # what latents see
+        known_to_all = prior.sample_particles(
+            sizes.batch,
+            n,
+            sizes.features,
+            torch.cat([sees, of_context]),
+            particles=config.particles,
+            held=by_latent(network, reveal, sizes.features),
+            generator=generator,
+        )
+        x, y, x_query = known_to_all.x, known_to_all.y, known_to_all.x_query[:, :m]
+        y_draws, f_draws, entropy = draw_targets(known_to_all, m, generator)
+        latents = {name: value[:, 0] for name, value in known_to_all.latents.items()}
+        if sizes.latents:
+            every = draw_latents(known_to_all, generator)
+    elif isinstance(prior, ConditionalPrior):
         tasks = prior.sample_conditional(sizes.batch, n, sizes.features, sees, generator=generator)
         x, y, x_query, latents = tasks.x, tasks.y, tasks.x_query, tasks.latents
         noise = tasks.noise.unsqueeze(-1)
         std_y, std_f = (tasks.variance + noise).sqrt(), tasks.variance.sqrt()
         z = _stratified_normal(sizes.batch, m, generator)  # (s, b, m)
         y_draws, f_draws = tasks.mean + std_y * z, tasks.mean + std_f * z
-        entropy = (0.5 * math.log(2 * math.pi * math.e) + std_y.log()).mean()
+        entropy = _normal_entropy(std_y).mean()
         if tasks.bend is not None:
             entropy = entropy + tasks.bend.log_slope(y_draws).mean()
             y_draws, f_draws = tasks.bend(y_draws), tasks.bend(f_draws)
@@ -439,11 +462,11 @@ def draw_lesson(
         x, x_query = units.map_x(x), units.map_x(x_query)
         y, y_draws, f_draws = (units.map_y(value) for value in (y, y_draws, f_draws))
         entropy = entropy - units.y_scale.log().mean()
-        latents = in_units(latents, units, network, getattr(prior, "latent_units", {}))
-    slots = latent_slots(network, latents, sizes.batch, device)
-    hidden = torch.rand(slots.shape, device=device, generator=generator)
-    reveal = torch.rand(sizes.batch, 1, device=device, generator=generator) < config.known_share
-    known = torch.where(reveal & (hidden < 0.5), slots, torch.nan)
+        scaling = getattr(prior, "latent_units", {})
+        latents, *every = (in_units(each, units, network, scaling) for each in (latents, *every))
+    known, *others = (latent_slots(network, e, sizes.batch, device) for e in (latents, *every))
+    slots = torch.stack(others or [known])
+    known = torch.where(reveal, known, torch.nan)
     x, y, x_query, y_draws, f_draws, known, slots, entropy = (
         value.float() for value in (x, y, x_query, y_draws, f_draws, known, slots, entropy)
     )
@@ -460,6 +483,59 @@ def draw_lesson(
         own=own,
         latents=slots if sizes.latents and network.latent_slots else None,
     )
+
+
+def draw_reveal(
+    batch: int, network: TransformerConfig, config: PretrainConfig, generator: torch.Generator
+) -> Tensor:
+    """Which latents the network is told (b, slots): of some tasks, half of them."""
+    device = generator.device
+    hidden = torch.rand(batch, network.latent_slots, device=device, generator=generator)
+    reveal = torch.rand(batch, 1, device=device, generator=generator) < config.known_share
+    return reveal & (hidden < 0.5)
+
+
+def by_latent(network: TransformerConfig, slots: Tensor, d: int) -> dict[str, Tensor]:
+    """Columns (b, slots) of latents that are numbers by their names, (b,) or (b, d)."""
+    columns = slots.split([network.slots(latent) for latent in network.latents], dim=1)
+    return {
+        latent.name: column[:, :d] if latent.per_feature else column[:, 0]
+        for latent, column in zip(network.latents, columns, strict=True)
+        if not latent.categories
+    }
+
+
+def draw_targets(
+    tasks: ParticleTasks, m: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws of y and f (s, b, m) at the first m queries, and the entropy of y given the latents.
+
+    Draws are stratified: over particles, in the order of their means, and within them.
+    """
+    log_weights, mean, variance = (
+        part[:, :m] for part in (tasks.log_weights, tasks.mean, tasks.variance)
+    )
+    std_y, std_f = (variance + tasks.noise.unsqueeze(1)).sqrt(), variance.sqrt()
+    weights = log_weights.exp()
+    entropy = (weights * _normal_entropy(std_y)).sum(-1).mean()
+    order = mean.argsort(-1)
+    cumulated = weights.gather(-1, order).cumsum(-1)  # (b, m, particle)
+    z = _stratified_normal(len(mean), m, generator)  # (s, b, m)
+    z = z.gather(0, torch.rand(z.shape, device=z.device, generator=generator).argsort(0))
+    chosen = order.gather(-1, _stratified_choice(cumulated, len(z), generator))  # (b, m, s)
+    mean, std_y, std_f = (part.gather(-1, chosen).movedim(-1, 0) for part in (mean, std_y, std_f))
+    return mean + std_y * z, mean + std_f * z, entropy
+
+
+def draw_latents(tasks: ParticleTasks, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Stratified draws of particles' latents, by their weights at the last query."""
+    cumulated = tasks.log_weights[:, -1].exp().cumsum(-1)  # (b, particle)
+    chosen = _stratified_choice(cumulated, LATENT_STRATA, generator)  # (b, s)
+    rows = torch.arange(len(chosen), device=chosen.device)
+    return [
+        {name: value[rows, column] for name, value in tasks.latents.items()}
+        for column in chosen.unbind(1)
+    ]
 
 
 def draw_curves(
@@ -493,7 +569,7 @@ def draw_curves(
     if isinstance(prior, ConditionalPrior):
         std = drawn.latents["noise"].sqrt().float().unsqueeze(-1)
         y_draws = f[:, row] + std * _stratified_normal(sizes.batch, m, generator).float()
-        entropy = (0.5 * math.log(2 * math.pi * math.e) + std.log()).mean()
+        entropy = _normal_entropy(std).mean()
     return Lesson(
         x=x[:, :0],
         y=y[:, :0],
@@ -578,6 +654,7 @@ def architecture(prior: Prior, config: PretrainConfig) -> TransformerConfig:
         expansion=config.expansion,
         fourier_octaves=config.fourier_octaves,
         components=config.components,
+        expert_kernels=config.expert_kernels,
         least_refinements=config.least_refinements,
         refinements=config.refinements,
         y_mean=float(y.median()),
@@ -622,6 +699,18 @@ def _stratified_normal(batch: int, m: int, generator: torch.Generator) -> Tensor
     )
     slices = torch.arange(STRATA, dtype=torch.float64, device=generator.device)[:, None, None]
     return torch.special.ndtri(((slices + uniform) / STRATA).clamp(1e-9, 1 - 1e-9))
+
+
+def _stratified_choice(cumulated: Tensor, strata: int, generator: torch.Generator) -> Tensor:
+    """Indices (..., s) by cumulated weights (..., k), one in each slice of equal probability."""
+    shape = (*cumulated.shape[:-1], strata)
+    uniform = torch.rand(shape, dtype=torch.float64, device=generator.device, generator=generator)
+    uniform = (torch.arange(strata, device=uniform.device) + uniform) / strata
+    return torch.searchsorted(cumulated, uniform).clamp_max(cumulated.shape[-1] - 1)
+
+
+def _normal_entropy(std: Tensor) -> Tensor:
+    return 0.5 * math.log(2 * math.pi * math.e) + std.log()
 
 
 def _seed(seed: int, step: int, part: int, purpose: str) -> int:

@@ -23,7 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pfn.experts import Added, Experts, Forecast, Solved, Theta, add, forecast, seen_by_each
+from pfn.experts import (
+    KERNELS,
+    Added,
+    Experts,
+    Forecast,
+    Solved,
+    Theta,
+    add,
+    forecast,
+    seen_by_each,
+)
 from pfn.network import Network
 from pfn.units import FromContext
 
@@ -52,7 +62,8 @@ class TransformerConfig:
     """Everything that fixes the architecture.
 
     There is one component of the mixture for each expert, whose hyperparameters take from
-    `least_refinements` to `refinements` steps; a `causal` network (`causal.py`) has no experts.
+    `least_refinements` to `refinements` steps; equal parts of the experts have each of the
+    `expert_kernels`. A `causal` network (`causal.py`) has no experts.
     `y_mean` and `y_std` are the prior's own moments.
     """
 
@@ -63,6 +74,7 @@ class TransformerConfig:
     expansion: int = 2
     fourier_octaves: int = 4
     components: int = 6
+    expert_kernels: tuple[str, ...] = ("rbf", "matern52", "matern32")
     least_refinements: int = 1
     refinements: int = 6
     y_mean: float = 0.0
@@ -78,6 +90,12 @@ class TransformerConfig:
             raise ValueError(
                 f"Expected 0 <= least_refinements <= refinements; got {self.least_refinements} and"
                 f" {self.refinements}."
+            )
+        object.__setattr__(self, "expert_kernels", tuple(self.expert_kernels))  # JSON has lists
+        unknown = [name for name in self.expert_kernels if name not in KERNELS]
+        if unknown or not self.expert_kernels:
+            raise ValueError(
+                f"Expected expert_kernels among {sorted(KERNELS)}; got {self.expert_kernels}."
             )
         if self.width % self.heads:
             raise ValueError(

@@ -24,6 +24,8 @@ from priors.tasks import ConditionalPrior as ConditionalPrior
 from priors.tasks import ConditionalTasks as ConditionalTasks
 from priors.tasks import LatentDensity as LatentDensity
 from priors.tasks import LatentPrior as LatentPrior
+from priors.tasks import ParticlePrior as ParticlePrior
+from priors.tasks import ParticleTasks as ParticleTasks
 from priors.tasks import Prior as Prior
 from priors.tasks import ReferencePrior as ReferencePrior
 from priors.tasks import Tasks as Tasks

@@ -137,10 +137,11 @@ def hyperpriors(
         given: name -> tensor () or, for one hyperparameter per feature, (d,); also the indices of
             alternatives, which are kept as they are.
     """
-    coordinates, mean_variance = [], 0.0
+    unknown, mean_variance = [], 0.0
     names = {h.name for h in hyperparameters}
     known = {name: v.to(torch.float64) for name, v in given.items() if name not in names}
-    for name, value, _, shape, factor, spacing in hyperparameters:
+    for hyperparameter in hyperparameters:
+        name, value, _, shape, factor, _ = hyperparameter
         if name in given:
             known[name] = given[name].to(torch.float64).expand(shape)
         elif not isinstance(value, Distribution):
@@ -149,10 +150,19 @@ def hyperpriors(
             known[name] = value.loc.to(torch.float64)
             mean_variance = float(value.scale) ** 2
         else:
+            unknown.append(hyperparameter)
+    return Hyperpriors(coordinates(unknown), known, mean_variance)
+
+
+def coordinates(hyperparameters: Sequence[Hyperparameter]) -> tuple[Coordinate, ...]:
+    """Of those hyperparameters that have a distribution."""
+    found = []
+    for name, value, _, shape, factor, spacing in hyperparameters:
+        if isinstance(value, Distribution):
             value = _in_float64(value)
             location, scale = _standardise(value)
-            coordinates.append(Coordinate(name, value, location, scale, factor, shape, spacing))
-    return Hyperpriors(tuple(coordinates), known, mean_variance)
+            found.append(Coordinate(name, value, location, scale, factor, shape, spacing))
+    return tuple(found)
 
 
 def _in_float64(prior: Distribution) -> Distribution:

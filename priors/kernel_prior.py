@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 
 from priors.draws import draw, draw_normal
 from priors.inputs import draw_inputs, read_designs
-from priors.tasks import ConditionalTasks, Tasks
+from priors.tasks import ConditionalTasks, ParticleTasks, Tasks
 
 if TYPE_CHECKING:
     from priors.latent_density import HyperparameterDensity
@@ -138,7 +138,7 @@ class KernelPrior(abc.ABC):
         x = draw_inputs(self.inputs, batch, n, d, generator=generator)
         z = draw_normal(batch, n, 1, generator=generator)
         drawn = []
-        for some, inputs, normal in _pieces(theta, x, z):
+        for some, inputs, normal in pieces(theta, x, z):
             jitter = inputs.new_full((len(inputs),), JITTER)
             factor = cholesky(self.unit_covariance(inputs, inputs, some), jitter)
             drawn.append(normal.mT @ factor.mT)  # as rows: LAPACK's factors are column-major
@@ -157,6 +157,31 @@ class KernelPrior(abc.ABC):
         process = self.draw_process(batch, d, generator=generator)
         x = draw_inputs(self.inputs, batch, n + len(visible), d, generator=generator)
         return conditional_tasks(process, x[:, :n], x[:, n:], visible, generator=generator)
+
+    def sample_particles(
+        self,
+        batch: int,
+        n: int,
+        d: int,
+        visible: Tensor,
+        *,
+        particles: int,
+        held: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> ParticleTasks:
+        """Draws tasks whose queries know about how y_1 .. y_visible leave them distributed.
+
+        Args:
+            visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
+            particles: values of the hyperparameters for each task, weighed by their likelihood.
+            held: latents by name that all particles of a task share, (task,) or (task, dim)
+                booleans; none where a name is missing. Alternatives are always shared.
+        """
+        from priors import particles as module  # on demand: it is built on this one
+
+        return module.sample_particles(
+            self, batch, n, d, visible, particles=particles, held=held, generator=generator
+        )
 
     def sample_at(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
         """Noisy observations (task, n) of tasks of their own at x (task, n, d)."""
@@ -477,7 +502,7 @@ def _on_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
     return matrix
 
 
-def _pieces(theta: Mapping[str, Tensor], x: Tensor, z: Tensor) -> Iterator[tuple[Any, ...]]:
+def pieces(theta: Mapping[str, Tensor], x: Tensor, z: Tensor) -> Iterator[tuple[Any, ...]]:
     """All tasks at once, but on a CPU as many as its cache holds the matrices of: 3 x faster."""
     batch, n = x.shape[:2]
     size = max(1, batch if x.device.type != "cpu" else CACHED // max(1, n * n))

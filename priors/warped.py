@@ -49,8 +49,8 @@ class Warped:
     where they are not plain numbers; "relevance" (task, dim), 1 where a feature matters and 0 where
     not, if some may be irrelevant.
 
-    `sample_conditional`, `draw_process` and `latent_densities` are there for bases with a kernel
-    and no output warp.
+    `sample_conditional`, `sample_particles`, `draw_process` and `latent_densities` are there for
+    bases with a kernel and no output warp.
 
     Reference: Kumaraswamy, J. Hydrology 46, 1980; Snoek, Swersky, Zemel and Adams, Input warping
     for Bayesian optimization, ICML 2014; the default concentrations of Mueller, Feurer, Hollmann
@@ -88,6 +88,7 @@ class Warped:
         if self.output is None and isinstance(self.base, KernelPrior):
             object.__setattr__(self, "draw_process", self.inner.draw_process)
             object.__setattr__(self, "sample_conditional", self.inner.sample_conditional)
+            object.__setattr__(self, "sample_particles", self.inner.sample_particles)
             object.__setattr__(self, "latent_densities", self.inner.latent_densities)
 
     @property

@@ -26,6 +26,7 @@ config = PretrainConfig(
     heads=8,
     layers=3,
     components=9,
+    expert_kernels=("rbf",),
     least_refinements=3,
     fourier_octaves=6,  # the shortest period is 1/16 of the box
     lr=5e-3,

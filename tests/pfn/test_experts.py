@@ -66,13 +66,13 @@ X, Y, X_QUERY = draw(2, 7, D).sigmoid(), draw(2, 7, seed=1), draw(2, 5, D, seed=
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_experts_are_gaussian_processes(n: int) -> None:
     values = hyperparameters()
-    theta = to_theta(values)
+    theta = to_theta(values, KERNELS)
     solved = solve(theta, each(X[:, :n], Y[:, :n]))
     said = forecast(solved, X_QUERY)
     for i in range(E):
         prior = GaussianProcess(kernel=KERNELS[i * 3 // E], ard=True)
         outputscale = by_expert(solved.log_variance)[:, i, 0].exp()
-        metric = by_expert(theta.metric)[:, i, 0] / math.sqrt(SCALES[i * 3 // E])
+        metric = by_expert(theta.metric)[:, i, 0] / math.sqrt(SCALES[KERNELS[i * 3 // E]])
         latents = {
             "lengthscale": 0.5 / metric,  # of the unit box; the metric's is twice it
             "outputscale": outputscale,
@@ -92,14 +92,14 @@ def test_the_variance_is_scaled_by_the_residuals() -> None:
     values[..., D + 1] = 0.0  # mean
     for factor in (1.0, 100.0):
         y = factor * Y
-        solved = solve(to_theta(values), each(X, y))
+        solved = solve(to_theta(values, KERNELS), each(X, y))
         square = torch.einsum("bi,beij,bj->be", y, by_expert(solved.precision), y)
         expected = values[..., D + 2] + ((1 + square) / (1 + 7)).log()
         torch.testing.assert_close(by_expert(solved.log_variance).squeeze(-1), expected)
 
 
 def test_leaving_one_out_is_solving_without_it() -> None:
-    theta = to_theta(hyperparameters())
+    theta = to_theta(hyperparameters(), KERNELS)
     solved = solve(theta, each(X, Y))
     residual, log_std = (by_expert(value).mT for value in leave_one_out(solved))
     for i in range(7):
@@ -115,10 +115,10 @@ def test_leaving_one_out_is_solving_without_it() -> None:
 
 def test_slopes_are_derivatives_of_the_evidence_at_fixed_variance() -> None:
     values = hyperparameters().requires_grad_()
-    solved = solve(to_theta(values), each(X, Y))
+    solved = solve(to_theta(values, KERNELS), each(X, Y))
     variance = solved.log_variance.detach()
     (expected,) = torch.autograd.grad(evidence_at(solved, variance).sum(), values)
-    found = by_expert(evidence_slopes(to_theta(values), each(X, Y)))
+    found = by_expert(evidence_slopes(to_theta(values, KERNELS), each(X, Y)))
     torch.testing.assert_close(found[..., : D + 2], expected[..., : D + 2], rtol=1e-7, atol=1e-9)
     moved = solved.theta.log_variance - solved.log_variance
     torch.testing.assert_close(found[..., D + 2 :], by_expert(moved))
@@ -137,7 +137,7 @@ def evidence_at(solved: Solved, log_variance: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("seen", range(5))
 def test_added_points_condition_as_a_longer_context_would(seen: int) -> None:
-    theta = to_theta(hyperparameters())
+    theta = to_theta(hyperparameters(), KERNELS)
     few = solve(theta, each(X[:, :3], Y[:, :3]))
     added = add(few, each(X[:, 3:], Y[:, 3:]))
     said = forecast(few, X_QUERY, added, torch.full((5,), seen))
@@ -152,10 +152,14 @@ def test_added_points_condition_as_a_longer_context_would(seen: int) -> None:
 
 def test_gradients_match_finite_differences() -> None:
     def answer(values: Tensor, x: Tensor, y: Tensor, x_query: Tensor) -> tuple[Tensor, ...]:
-        solved = solve(to_theta(values), each(x, y))
+        solved = solve(to_theta(values, KERNELS), each(x, y))
         added = add(solved, each(x_query[:, 1:], y[:, :2]))
         said = forecast(solved, x_query[:, :2], added, torch.tensor([0, 2]))
-        return (*said, *leave_one_out(solved), evidence_slopes(to_theta(values), each(x, y)))
+        return (
+            *said,
+            *leave_one_out(solved),
+            evidence_slopes(to_theta(values, KERNELS), each(x, y)),
+        )
 
     inputs = (hyperparameters()[:1], X[:1, :4], Y[:1, :4], X_QUERY[:1, :3])
     inputs = tuple(value.clone().requires_grad_() for value in inputs)
@@ -167,9 +171,9 @@ def test_repeated_and_noiseless_points_have_finite_answers_and_gradients() -> No
     values[..., D] = -50.0
     values.requires_grad_()
     x = X[:, :1].expand(2, 7, D).clone().requires_grad_()
-    solved = solve(to_theta(values), each(x, Y))
+    solved = solve(to_theta(values, KERNELS), each(x, Y))
     said = forecast(solved, torch.cat([x, X_QUERY], 1))
-    slopes = evidence_slopes(to_theta(values), each(x, Y))
+    slopes = evidence_slopes(to_theta(values, KERNELS), each(x, Y))
     total = sum(part.sum() for part in (*said, *leave_one_out(solved), slopes))
     assert isinstance(total, Tensor)
     total.backward()
@@ -179,14 +183,14 @@ def test_repeated_and_noiseless_points_have_finite_answers_and_gradients() -> No
 
 def test_second_derivatives_are_refused() -> None:
     values = hyperparameters().requires_grad_()
-    solved = solve(to_theta(values), each(X, Y))
+    solved = solve(to_theta(values, KERNELS), each(X, Y))
     (first,) = torch.autograd.grad(solved.log_evidence.sum(), values, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
 
 def test_correlations_far_apart_are_no_denormal_numbers() -> None:
-    theta: Theta = to_theta(torch.zeros(1, 3, 1 + GLOBALS))
+    theta: Theta = to_theta(torch.zeros(1, 3, 1 + GLOBALS), KERNELS)
     zero, far = torch.zeros(3, 1, 1).double(), torch.full((3, 1, 1), 1e4).double()
     value = correlation(theta, zero, far)
     assert value.dtype == torch.float32
@@ -200,7 +204,7 @@ def test_a_new_bank_proposes_the_same_to_every_task_and_refines_nothing() -> Non
     other, _, _ = experts.solve(torch.randn(2, 8), torch.randn(2, 6), X, Y)
     assert torch.equal(one.theta.metric, other.theta.metric)
     spread = torch.linspace(-2, 2, E // 3).repeat(3)
-    scale = torch.tensor(SCALES).repeat_interleave(E // 3)
+    scale = torch.tensor([SCALES[name] for name in KERNELS]).repeat_interleave(E // 3)
     expected = scale.sqrt() * (0.5 * (spread - math.log(D))).exp()
     torch.testing.assert_close(by_expert(one.theta.metric)[0, :, 0, 0], expected)
     assert not logits.any()
@@ -224,6 +228,18 @@ def test_more_data_take_more_steps() -> None:
     assert taken == [1, 1, 2, 2, 3, 3, 4, 4]
     config = replace(config, least_refinements=3)
     assert [config.count_refinements(n) for n in (0, 62, 63)] == [3, 3, 4]
+
+
+def test_experts_share_the_kernels_of_their_configuration() -> None:
+    values = hyperparameters()
+    banks = ("matern32",), ("rbf", "matern32")
+    first, second = (
+        by_expert(solve(to_theta(values, kernels), each(X, Y)).log_evidence) for kernels in banks
+    )
+    assert torch.equal(first[:, E // 2 :], second[:, E // 2 :])
+    assert not torch.allclose(first[:, : E // 2], second[:, : E // 2])
+    with pytest.raises(ValueError, match="expert_kernels"):
+        TransformerConfig(max_features=1, expert_kernels=("cubic",))
 
 
 def test_slopes_are_constants_in_training_only() -> None:

@@ -26,6 +26,7 @@ from pfn.experts import Forecast
 from pfn.mixture import mixture_log_prob
 from pfn.optim import Optimizer
 from pfn.pretrain import (
+    LATENT_STRATA,
     STRATA,
     Lesson,
     PretrainConfig,
@@ -33,6 +34,7 @@ from pfn.pretrain import (
     Sizes,
     architecture,
     draw_lesson,
+    draw_targets,
     latent_loss,
     latent_slots,
     loss,
@@ -412,10 +414,14 @@ def test_a_lesson_has_the_shapes_that_the_network_takes() -> None:
     assert lesson.buffer[0].shape == (64, 3, 1) and lesson.buffer[1].shape == (64, 3)
     assert lesson.visible.shape == (8,) and set(lesson.visible.tolist()) <= {0, 1, 2, 3}
     assert lesson.y_draws.shape == lesson.f_draws.shape == (STRATA, 64, 8)
-    assert lesson.latents is not None and lesson.latents.shape == (64, 2 + 1 + 1 + 2)
-    assert lesson.latents[:, 1].isnan().all()  # the second lengthscale, which one feature lacks
+    assert lesson.latents is not None
+    assert lesson.latents.shape == (LATENT_STRATA, 64, 2 + 1 + 1 + 2)
+    assert lesson.latents[..., 1].isnan().all()  # the second lengthscale, which one feature lacks
     known = lesson.known.isfinite()
-    assert torch.equal(lesson.known[known], lesson.latents[known])
+    for drawn in lesson.latents:  # what is known has one value, what is not has several
+        torch.testing.assert_close(lesson.known[known], drawn[known])
+    differ = (lesson.latents[0] != lesson.latents[-1])[:, [0, 2, 3]]
+    assert (differ & ~known[:, [0, 2, 3]]).sum() > 0.3 * differ.numel()
     shown = known[:, [0, 2, 3, 4, 5]].double().mean()
     assert abs(shown - 0.5) < 4 * math.sqrt(0.25 / (5 * 64))
     assert all(t.dtype == torch.float32 for t in tensors(lesson) if t.is_floating_point())
@@ -482,10 +488,12 @@ def test_standardized_lessons_are_the_same_tasks_in_the_units_of_their_contexts(
             strict=True,
         )
     ):
-        moved = (own.latents - plain.latents)[:, column]
-        torch.testing.assert_close(moved, -log_unit / latent.std, rtol=1e-3, atol=1e-3)
+        moved = (own.latents - plain.latents)[..., column]
+        expected = (-log_unit / latent.std).expand_as(moved)
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-3)
     shown = ~own.known.isnan()
-    assert shown.any() and torch.equal(own.known[shown], own.latents[shown])
+    assert shown.any()
+    torch.testing.assert_close(own.known[shown], own.latents[0][shown])
 
 
 def test_a_lengthscale_of_features_with_other_ranges_has_no_value() -> None:
@@ -493,7 +501,7 @@ def test_a_lengthscale_of_features_with_other_ranges_has_no_value() -> None:
         GaussianProcess(), CONFIG, Sizes(64, 6, 0, 2, True, FromContext(True, True))
     )
     assert lesson.latents is not None
-    assert lesson.latents[:, 0].isnan().all() and lesson.latents[:, 1:].isfinite().all()
+    assert lesson.latents[..., 0].isnan().all() and lesson.latents[..., 1:].isfinite().all()
     network = random_network(architecture(GaussianProcess(), CONFIG))
     assert all(part.isfinite() for part in loss(network, lesson))
 
@@ -556,7 +564,7 @@ def test_the_loss_estimates_the_cross_entropy_without_bias() -> None:
         head.weight.zero_()  # the answer is one normal, whatever the context
     lesson = lesson_for(Known(), config, Sizes(500, 0, 0, 1, False))
     value, loss_y, excess = loss(network, lesson)
-    loss_f = 2 * (value - loss_y)
+    loss_f = value - loss_y
     for estimate, head, variance, draws in (
         (loss_y, network.mixture_y, 0.09, lesson.y_draws),
         (loss_f, network.mixture_f, 0.04, lesson.f_draws),
@@ -619,6 +627,43 @@ def test_conditionals_and_single_draws_give_the_same_expected_loss() -> None:
     assert abs(means[0] - means[1]) < 4 * math.hypot(*errors)
 
 
+def test_targets_of_particles_have_the_moments_of_their_mixture() -> None:
+    prior, generator = GaussianProcess(), torch.Generator().manual_seed(0)
+    tasks = prior.sample_particles(
+        4, 6, 1, torch.tensor([0, 3, 6]), particles=8, held={}, generator=generator
+    )
+    draws = [draw_targets(tasks, 2, generator) for _ in range(500)]
+    entropy = draws[0][2]
+    y, f = (torch.cat([draw[i] for draw in draws]) for i in range(2))  # (4000, 4, 2)
+    weights, mean = tasks.log_weights[:, :2].exp(), tasks.mean[:, :2]
+    expected = (weights * mean).sum(-1)
+    between = (weights * (mean - expected.unsqueeze(-1)).square()).sum(-1)
+    within, noise = tasks.variance[:, :2], tasks.noise.unsqueeze(1)
+    for drawn, variance in ((f, within), (y, within + noise)):
+        spread = between + (weights * variance).sum(-1)
+        z = (drawn - expected) / spread.sqrt()
+        assert z.mean(0).abs().max() < 4 / math.sqrt(len(z))
+        kurtosis = z.square().var(0)
+        assert ((z.square().mean(0) - 1).abs() < 4 * (kurtosis / len(z)).sqrt() + 1e-3).all()
+    log_std = 0.5 * (within + noise).log()
+    known = (weights * log_std).sum(-1).mean() + 0.5 * math.log(2 * math.pi * math.e)
+    torch.testing.assert_close(entropy, known)
+
+
+def test_particles_quieten_the_gradient() -> None:
+    network = random_network(architecture(GaussianProcess(), CONFIG)).requires_grad_()
+    sizes, noise = Sizes(64, 5, 0, 1, False), []
+    for particles in (1, 16):
+        config = dataclasses.replace(CONFIG, particles=particles, known_share=0.0)
+        gradients = []
+        for k in range(30):
+            lesson = draw_lesson(GaussianProcess(), network.config, config, sizes, k, 0, CPU)
+            (gradient,) = torch.autograd.grad(loss(network, lesson)[0], network.head_y.bias)
+            gradients.append(gradient)
+        noise.append(torch.stack(gradients).var(0).sum())
+    assert noise[1] < 0.8 * noise[0]
+
+
 def test_what_surprises_most_counts_with_its_logarithm() -> None:
     zero = torch.zeros(1, 1)
     mixture = Mixture(zero, zero, zero)
@@ -657,13 +702,15 @@ def test_the_loss_of_latents_is_their_cross_entropy() -> None:
         "kernel": torch.randint(3, (7,), generator=generator),
     }
     slots = latent_slots(config, drawn, 7, CPU).float()
-    lesson = lesson_for(Lines(), CONFIG, Sizes(7, 3, 0, 1, False))._replace(latents=slots)
+    lesson = lesson_for(Lines(), CONFIG, Sizes(7, 3, 0, 1, False))._replace(latents=slots[None])
     mixture, logits = network.latent_head(final)
     z = [drawn["lengthscale"][:, 0].log(), drawn["noise"].log()]
     terms = [mixture_log_prob(*(p[:, 2 * i] for p in mixture), z[i]) for i in range(2)]
     terms.append(logits[:, 3:].log_softmax(-1).gather(1, drawn["kernel"][:, None])[:, 0])
     expected = -torch.stack(terms).mean()  # the second lengthscale, of no feature, has no part
     torch.testing.assert_close(latent_loss(network, final, lesson), expected)
+    twice = lesson._replace(latents=slots.expand(2, -1, -1))
+    torch.testing.assert_close(latent_loss(network, final, twice), expected)
 
 
 def test_the_learning_rate_rises_from_above_zero_to_one_and_falls_to_zero() -> None:
