@@ -47,9 +47,10 @@ def plot_certificate(card: ModelCard) -> Figure:
         ("Coherence and evidence", _summary, in_words(certificate)),
     ]
     shown = [panel for panel in panels if panel[2]]
-    rows = -(-len(shown) // COLUMNS)
+    columns = 2 if len(shown) == 4 else COLUMNS
+    rows = -(-len(shown) // columns)
     figure, axes = import_pyplot().subplots(
-        rows, COLUMNS, figsize=(3.3 * COLUMNS, 2.7 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(3.3 * columns, 2.7 * rows), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
@@ -83,7 +84,7 @@ def _gap(axis: Axes, gap: Mapping[str, Any]) -> None:
     axis.minorticks_off()
     axis.set(xlabel="context points", ylabel="nats per query, ± 2 s.e.")
     if len(features) > 1:
-        axis.legend(fontsize=7, frameon=False)
+        _legend(axis)
 
 
 def _coverage(axis: Axes, coverage: list[dict[str, Any]]) -> None:
@@ -97,7 +98,7 @@ def _coverage(axis: Axes, coverage: list[dict[str, Any]]) -> None:
         )
     axis.axhline(0, color="0.6", lw=0.8)
     axis.set(xlabel="nominal, %", ylabel="covered less nominal, points")
-    axis.legend(fontsize=7, frameon=False)
+    _legend(axis)
 
 
 def _uniform(axis: Axes, coverage: list[dict[str, Any]]) -> None:
@@ -130,10 +131,8 @@ def _ecdf(axis: Axes, histograms: Mapping[str, list[int]]) -> None:
             label=name.replace("_", " "),
         )
     axis.axhline(0, color="0.6", lw=0.8)
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
     axis.set(xlabel="probability", ylabel="empirical less uniform cdf")
-    axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper center")
+    _legend(axis)
 
 
 def _joint(axis: Axes, rows: list[dict[str, Any]]) -> None:
@@ -151,7 +150,15 @@ def _joint(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.plot([], [], "_", color="black", ms=12, label="exact draws")
     axis.set_xticks(range(len(sizes)), [str(n) for n in sizes])
     axis.set(xlabel="context points", ylabel="Frobenius error, %")
-    axis.legend(fontsize=7, frameon=False)
+    _legend(axis)
+
+
+def _legend(axis: Axes) -> None:
+    """Two columns above all that is drawn."""
+    lines = -(-len(axis.get_legend_handles_labels()[1]) // 2)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + (0.05 + 0.12 * lines) * (high - low))
+    axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper center")
 
 
 def _summary(axis: Axes, lines: list[tuple[str, str]]) -> None:
