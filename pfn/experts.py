@@ -94,6 +94,10 @@ class Forecast(NamedTuple):
     noise: Tensor  # (b, 1, e) variance
     log_evidence: Tensor  # (b, 1, e) of the context, or (b, m, e) with the buffer points seen
 
+    def of(self, tasks: slice) -> Forecast:
+        """That of some of the tasks."""
+        return Forecast(*(part[tasks] for part in self))
+
 
 class Experts(nn.Module):
     """Proposes hyperparameters, refines and solves them, and tells the tokens what came of it.

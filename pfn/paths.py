@@ -83,16 +83,21 @@ def _walk(
     values = torch.stack(visited, 1)
     if not latent and order.shape[1] == len(points):
         return torch.empty_like(values).scatter_(1, order, values)
-    final = walk.finish(visited[-1])
-    mixture = network.mixture_f(final) if latent else network.mixture_y(final)
-    weights = mixture.log_weights.exp()
-    mean = (weights * mixture.means).sum(-1)
-    spread = (2 * mixture.log_stds).exp() + (mixture.means - mean.unsqueeze(-1)).square()
-    std = (weights * spread).sum(-1).sqrt()
-    chosen = torch.multinomial(weights.mean(1), 1, generator=generator).squeeze(1)
+    mixture_of = network.mixture_f if latent else network.mixture_y
+    moments = [_moments(mixture_of(final)) for _, final in walk.finish(visited[-1])]
+    mean, std, weights = (torch.cat(parts) for parts in zip(*moments, strict=True))
+    chosen = torch.multinomial(weights, 1, generator=generator).squeeze(1)
     residual = walk.experts.residuals(chosen, noisy=not latent, generator=generator)
     paths = mean + std * residual.to(std)
     return paths if latent else paths.scatter(1, order, values)
+
+
+def _moments(mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation (s, m), and the average weights of components (s, e)."""
+    weights = mixture.log_weights.exp()
+    mean = (weights * mixture.means).sum(-1)
+    spread = (2 * mixture.log_stds).exp() + (mixture.means - mean.unsqueeze(-1)).square()
+    return mean, (weights * spread).sum(-1).sqrt(), weights.mean(1)
 
 
 def draw(mixture: Mixture, generator: torch.Generator) -> Tensor:

@@ -14,12 +14,16 @@ tokens, w width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from pfn.experts import RIDGE, Forecast, Solved, cholesky, correlation, eye, inputs_of_each
-from pfn.transformer import Encoded, EncodedLayer, Final, Transformer, place
+from pfn.transformer import Encoded, EncodedLayer, Final, Transformer, attend, place
+
+FEW = 2  # tokens of each walk, for which keys that all walks share are not worth copying
+PIECE = 2**21  # numbers, 16 MiB
 
 
 class Rollout:
@@ -50,11 +54,20 @@ class Rollout:
         j = self.experts.told
         return self._ask(self._x[:, j : j + 1], self.experts.expect_next(), y, told)
 
-    def finish(self, y: Tensor) -> Final:
-        """What becomes of the whole grid (s, m), once y (s,) was told of the last point."""
+    def finish(self, y: Tensor) -> Iterator[tuple[slice, Final]]:
+        """What becomes of the whole grid (s, m), once y (s,) was told of the last point.
+
+        Returns:
+            Some of the walks, one after the other, and that of them.
+        """
         told = self.experts.tell(y)
-        every = self._grid.expand(len(y), -1, -1)
-        return self._ask(every, self.experts.expect_all(), y, told)
+        said = self.experts.expect_all()
+        widest = self._network.config.width * self._network.config.expansion
+        size = max(1, PIECE // (len(self._grid) * widest))
+        for start in range(0, len(y), size):
+            some = slice(start, start + size)
+            every = self._grid.expand(len(y[some]), -1, -1)
+            yield some, self._ask(every, said.of(some), y, told, some)
 
     def _ask(
         self,
@@ -62,16 +75,18 @@ class Rollout:
         said: Forecast,
         y: Tensor | None,
         told: tuple[Tensor, Tensor, Tensor] | None,
+        some: slice = slice(None),
     ) -> Final:
         """Queries (s, t, d), and before them the point that was told last, through all layers."""
         network, j = self._network, self.experts.told
         tokens, where = network.embed_queries(x_query, latents=False)
         to_tokens = network.experts.tell_query(said)
         if y is not None and told is not None:
-            x = self._x[:, j - 1 : j]
-            point = network.embed_points(x, y.unsqueeze(-1)) + network.embed_buffer
+            x = self._x[some, j - 1 : j]
+            point = network.embed_points(x, y[some].unsqueeze(-1)) + network.embed_buffer
             tokens, where = torch.cat([point, tokens], 1), place(torch.cat([x, x_query], 1))
-            to_tokens = torch.cat([network.experts.tell_buffer(*told), to_tokens], 1)
+            to_point = network.experts.tell_buffer(*told)[some]
+            to_tokens = torch.cat([to_point, to_tokens], 1)
         count = (self._encoded.num_context + j).expand(1, tokens.shape[1])
         sharpness = network.sharpness(count)
         layers = zip(network.blocks, self._encoded.layers, self._kept, sharpness, strict=True)
@@ -82,10 +97,14 @@ class Rollout:
             near = where.near(layer.metric)
             if y is not None:
                 own = block.keys_values(normed[:, :1].contiguous(), *near.rows(0, 1).of_key())
-                kept[:, :, :, j - 1 : j] = torch.stack(own)
+                for part, value in zip(kept, own, strict=True):
+                    part[some, :, j - 1 : j] = value
+            if block is network.blocks[-1] and y is not None:  # nothing reads the point after it
+                tokens, normed, sharp = tokens[:, 1:], normed[:, 1:], sharp[..., 1:, :]
+                near = near.rows(1, 1 + x_query.shape[1])
             query = block.queries(normed, sharp, *near.of_query())
-            tokens = block.finish(tokens, _attend(query, layer, kept[:, :, :, :j]))
-        return network.finish(tokens[:, -x_query.shape[1] :], said, self._encoded.logits)
+            tokens = block.finish(tokens, _attend(query, layer, kept[:, some, :, :j]))
+        return network.finish(tokens, said, self._encoded.logits)
 
 
 class ExpertsWalk:
@@ -108,10 +127,14 @@ class ExpertsWalk:
         self._noise = theta.noise.double().squeeze(-1)  # (e,)
         self._log_variance = solved.log_variance.squeeze(-1)  # (e,)
         self._order = order
-        own = self._left[:, order.unsqueeze(-1), order.unsqueeze(-2)].transpose(0, 1)
-        own.diagonal(dim1=-2, dim2=-1).add_(self._noise.unsqueeze(-1))
-        self._factor = cholesky(own.flatten(0, 1)).view_as(own)  # (s, e, k, k)
-        self._white = own.new_zeros(own.shape[:-1])  # (s, e, k) residuals over deviations
+        self._factor = cross.new_empty(
+            len(order), len(cross), *[order.shape[1]] * 2
+        )  # (s, e, k, k)
+        for some in self._pieces(order.shape[1]):
+            own = self._left[:, order[some].unsqueeze(-1), order[some].unsqueeze(-2)]
+            own.diagonal(dim1=-2, dim2=-1).add_(self._noise[:, None, None])
+            self._factor[some] = cholesky(own.flatten(0, 1)).view_as(own).transpose(0, 1)
+        self._white = cross.new_zeros(self._factor.shape[:-1])  # (s, e, k), over deviations
         self._log_evidence = solved.log_evidence.squeeze(-1).expand(len(order), -1)
         self.told = 0
 
@@ -142,10 +165,14 @@ class ExpertsWalk:
 
     def expect_all(self) -> Forecast:
         """What the experts say of the grid once all points of the walk were told, (s, m, e)."""
-        rows = self._left[:, self._order].transpose(0, 1)  # (s, e, k, m)
-        weights = torch.linalg.solve_triangular(self._factor, rows, upper=False)
-        mean = self._mean + (self._white.unsqueeze(-2) @ weights).squeeze(-2)  # (s, e, m)
-        left = self._left.diagonal(dim1=-2, dim2=-1) - weights.square().sum(-2)
+        m = self._left.shape[-1]
+        mean = self._white.new_empty(len(self._order), len(self._left), m)
+        left = torch.empty_like(mean)
+        for some in self._pieces(m):
+            rows = self._left[:, self._order[some]].transpose(0, 1)  # (s, e, k, m)
+            weights = torch.linalg.solve_triangular(self._factor[some], rows, upper=False)
+            mean[some] = self._mean + (self._white[some].unsqueeze(-2) @ weights).squeeze(-2)
+            left[some] = self._left.diagonal(dim1=-2, dim2=-1) - weights.square_().sum(-2)
         return self._forecast(mean.mT, left.mT)
 
     def residuals(self, chosen: Tensor, *, noisy: bool, generator: torch.Generator) -> Tensor:
@@ -162,27 +189,35 @@ class ExpertsWalk:
         ICML 2020, equation 9.
         """
         s, m = len(chosen), self._left.shape[-1]
-        walks = torch.arange(s, device=chosen.device)
         noise = self._noise[chosen].unsqueeze(-1)  # (s, 1)
-        factor = self._factor[walks, chosen]  # (s, k, k)
-        rows = self._left[chosen.unsqueeze(-1), self._order]  # (s, k, m)
         z, eps, new = (
-            torch.randn(s, size, 1, dtype=torch.float64, device=chosen.device, generator=generator)
+            torch.randn(s, size, dtype=torch.float64, device=chosen.device, generator=generator)
             for size in (m, self._order.shape[1], m)
         )
-        drawn = torch.empty_like(z.squeeze(-1))  # (s, m)
+        drawn = torch.empty_like(z)  # (s, m)
         for expert in chosen.unique():
             left = self._left[expert] + RIDGE * eye(self._left)
-            some = chosen == expert
-            drawn[some] = (z[some].squeeze(-1)) @ cholesky(left.unsqueeze(0))[0].mT
-        observed = drawn.gather(1, self._order).unsqueeze(-1) + noise.sqrt().unsqueeze(-1) * eps
-        said = rows.mT @ torch.cholesky_solve(observed, factor)
-        weights = torch.linalg.solve_triangular(factor, rows, upper=False)
-        left = self._left.diagonal(dim1=-2, dim2=-1)[chosen] - weights.square().sum(-2)
-        residual = drawn - said.squeeze(-1)
+            mine = chosen == expert
+            drawn[mine] = z[mine] @ cholesky(left.unsqueeze(0))[0].mT
+        observed = drawn.gather(1, self._order) + noise.sqrt() * eps
+        residual, left = torch.empty_like(z), self._left.diagonal(dim1=-2, dim2=-1)[chosen]
+        walks = torch.arange(s, device=chosen.device)
+        for some in self._pieces(m):
+            factor = self._factor[walks[some], chosen[some]]  # (s, k, k)
+            rows = self._left[chosen[some].unsqueeze(-1), self._order[some]]  # (s, k, m)
+            sides = torch.cat([rows, observed[some].unsqueeze(-1)], -1)
+            solved = torch.linalg.solve_triangular(factor, sides, upper=False)
+            weights, white = solved[..., :-1], solved[..., -1:]
+            residual[some] = drawn[some] - (weights.mT @ white).squeeze(-1)
+            left[some] -= weights.square().sum(-2)
         if noisy:
-            residual, left = residual + noise.sqrt() * new.squeeze(-1), left + noise
+            residual, left = residual + noise.sqrt() * new, left + noise
         return residual / left.clamp_min(RIDGE).sqrt()
+
+    def _pieces(self, columns: int) -> Iterator[slice]:
+        """Walks, as many at once as a heap takes the matrices of: larger ones cost page faults."""
+        size = max(1, PIECE // (len(self._left) * self._order.shape[1] * columns))
+        return (slice(i, i + size) for i in range(0, len(self._order), size))
 
     def _forecast(self, mean: Tensor, left: Tensor) -> Forecast:
         """From means (s, t, e) and the shares of variance left."""
@@ -200,6 +235,10 @@ def _attend(query: Tensor, layer: EncodedLayer, own: Tensor) -> Tensor:
     """
     s, h, t, _ = query.shape
     n = layer.key.shape[2]
+    if t > FEW:
+        context = (part.expand(s, -1, -1, -1) for part in (layer.key, layer.value))
+        key, value = (torch.cat(two, 2) for two in zip(context, own, strict=True))
+        return attend(query, key, value)
     shared = query.transpose(0, 1).flatten(1, 2)  # (h, s t, w/h)
     logits = (shared @ layer.key[0].mT).view(h, s, t, n).transpose(0, 1)
     weights = torch.cat([logits, query @ own[0].mT], -1).softmax(-1)

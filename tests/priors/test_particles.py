@@ -59,7 +59,9 @@ def test_each_particle_is_a_gaussian_process_and_weighs_its_likelihood(seen: int
 )
 def test_which_particle_drew_the_task_is_told_by_its_weight(prior: Any, n: int) -> None:
     assert isinstance(prior, ParticlePrior)
-    weights = draw(prior, [n], batch=1000, n=n, particles=16).log_weights[:, 0].exp()  # (task, particle)
+    weights = (
+        draw(prior, [n], batch=1000, n=n, particles=16).log_weights[:, 0].exp()
+    )  # (task, particle)
     # Given the data and the particles, the first is the k-th with the chance of its weight.
     excess = weights[:, 0] - weights.square().sum(-1)
     error = float(excess.std()) / math.sqrt(len(excess))
