@@ -40,7 +40,16 @@ HEADINGS = {
     "stopping-tasks": "Early stopping, task by task",
     "bo": "Optimization with surrogates and samplers",
     "bo-problems": "Losses after 40 evaluations, by problem",
-    "studies": "Design choices at equal compute",
+    "studies-loss": "What the prior tells of queries, at equal compute",
+    "studies-kernels": "Kernels of experts, at equal compute",
+    "studies-head": "Heads, at equal compute",
+    "studies-experts": "Numbers of experts, at equal compute",
+    "studies-refinements": "Refinements of experts, at equal compute",
+    "studies-layers": "Numbers of layers, at equal compute",
+    "studies-optimizer": "Optimizers, at equal compute",
+    "studies-temperature": "Temperatures of attention, at equal compute",
+    "studies-octaves": "Fourier features, at equal compute",
+    "studies-queries": "Queries of a task, at equal compute",
 }
 
 

@@ -33,14 +33,16 @@ from pfn.transformer import Block, Transformer, TransformerConfig
 from priors import GaussianProcess, Prior, ReferencePrior, Tasks
 
 RECIPES = Path(__file__).parent.parent / "pretrained" / "recipes"
-SEEDS = {"head": 2}  # runs per variant, one in the other studies
+SEEDS = {"head": 2, "loss": 3, "kernels": 3}  # runs per variant, one in the other studies
 CONTEXTS = (2, 8, 32, 128)  # sizes of held-out contexts
 HELD_OUT = 10**9  # a step that no training run reaches
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One run's settings. `single_draws` hides the distributions of queries that a prior knows."""
+    """One run's settings. `knows` is what the prior tells of its queries: one draw of each, their
+    conditional given the task's own latents, or these and 31 further particles.
+    """
 
     prior: str = "gp-1d"
     head: str = "normals"
@@ -49,7 +51,8 @@ class Variant:
     layers: int = 2
     muon: bool = True
     lr: float = 5e-3
-    single_draws: bool = False
+    knows: str = "particles"
+    kernels: tuple[str, ...] = ("rbf", "matern52", "matern32")
     octaves: int = 6
     queries: int = 24
     log_n_temperature: bool = True
@@ -63,11 +66,13 @@ class Variant:
             layers=self.layers,
             heads=4,
             components=self.components,
+            expert_kernels=self.kernels,
             least_refinements=min(1, self.refinements),
             refinements=self.refinements,
             fourier_octaves=self.octaves,
             seconds=cpu_seconds,
             queries=self.queries,
+            particles=32 if self.knows == "particles" else 1,
             tokens=1024,
             micro_batches=1,
             buffer_share=0.0,
@@ -98,8 +103,13 @@ STUDIES: dict[str, dict[str, Variant]] = {
     "experts": {f"{count} experts": Variant("gp", components=count) for count in (3, 6, 9)},
     "layers": {f"{count} layers": Variant("gp", layers=count) for count in (1, 2, 4)},
     "loss": {
-        "8 draws from each query's conditional": Variant(),
-        "one draw per query": Variant(single_draws=True),
+        "8 draws from 32 particles": Variant(),
+        "8 draws from one conditional": Variant(knows="conditional"),
+        "one draw per query": Variant(knows="draws"),
+    },
+    "kernels": {
+        "experts of three kernels": Variant(),
+        "experts of the prior's kernel": Variant(kernels=("rbf",)),
     },
     "octaves": {f"{octaves} Fourier octaves": Variant(octaves=octaves) for octaves in (0, 6)},
     "queries": {f"{queries} per task": Variant(queries=queries) for queries in (8, 24, 72)},
@@ -298,7 +308,7 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
     """Trains until the CPU time is spent, by the library's optimizer and schedule."""
     network = make_network(variant, config)
     trunk, prior = network.trunk, make_prior(variant.prior)
-    prior = SampleOnly(prior) if variant.single_draws else prior
+    prior = SampleOnly(prior) if variant.knows == "draws" else prior
     optimizer = Optimizer(trunk, weight_decay=config.weight_decay, muon=variant.muon)
     assert config.seconds is not None
     began, step, tasks = time.process_time(), 0, 0
@@ -308,7 +318,7 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
             loss_y, loss_f = losses(
                 network, _lesson(prior, trunk.config, config, sizes, step, part)
             )
-            ((loss_y.mean() + 0.5 * loss_f.mean()) / config.micro_batches).backward()
+            ((loss_y.mean() + loss_f.mean()) / config.micro_batches).backward()
             tasks += sizes.batch
         torch.nn.utils.clip_grad_norm_(trunk.parameters(), config.clip)
         optimizer.step(config.lr * schedule(spent / config.seconds, config.warmup))
@@ -421,10 +431,9 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     common.RESULTS.mkdir(exist_ok=True)
-    rows = []
     for study in only or STUDIES:
-        rows += table(study, cpu_seconds, common.RESULTS / "studies-runs.json")
-        common.save("studies", rows)
+        rows = table(study, cpu_seconds, common.RESULTS / "studies-runs.json")
+        common.save(f"studies-{study}", rows)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class AuditSizes:
     orders: int = 4
     martingale_tasks: int = 200
     martingale_draws: int = 64
-    conflict_tasks: int = 500
+    conflict_tasks: int = 2000
     conflict_draws: int = 39  # data sets of the prior behind each check
     latent_tasks: int = 1000
     given_tasks: int = 60  # of each context size
@@ -63,6 +63,7 @@ def default_sizes(max_features: int) -> AuditSizes:
         joint_tasks=30,
         evidence_tasks=50,
         martingale_tasks=100,
+        conflict_tasks=500,
         latent_tasks=500,
         given_tasks=20,
     )
