@@ -28,7 +28,7 @@ from pfn.conflict import LEVEL
 from pfn.diagnostics import ecdf_test, randomized_pit
 from pfn.evidence import DataSets, chain_rule, predict_points
 from pfn.fresh_tasks import Progress, Report, draw_tasks, named_generator
-from pfn.model import PFN
+from pfn.model import PFN, Fitted
 from priors import Prior
 
 POINTS = 12  # of a joint draw
@@ -223,23 +223,11 @@ def joint(
         fitted = pfn.condition((x, y), standardize=False)
         for latent in (False, True):
             exact = _Joint.of(prior.posterior((x, y), x_query, latent=latent, joint=True))
-            generator = _generator(seed, "joint", i)
-            draws = exact.sample(sizes.joint_draws, generator)
+            draws = exact.sample(sizes.joint_draws, _generator(seed, "joint", i))
             paths = fitted.sample_paths(x_query, sizes.joint_draws, latent=latent, seed=i)
-            size = exact.covariance.norm()
-            pair_gap = math.nan
-            if not latent:
-                first = fitted.predict(x_query[:1]).log_prob(y_query[:1])
-                added = fitted.extend(x_query[:1], y_query[:1])
-                second = added.predict(x_query[1:2]).log_prob(y_query[1:2])
-                pair_gap = float(exact.log_prob_of_pair(y_query[:2]) - first - second)
-            rows.setdefault((n, latent), []).append(
-                (
-                    float((torch.cov(paths.T) - exact.covariance).norm() / size),
-                    float((torch.cov(draws.T) - exact.covariance).norm() / size),
-                    pair_gap,
-                )
-            )
+            pair_gap = math.nan if latent else _pair_gap(fitted, exact, x_query, y_query)
+            found = exact.error_of(paths), exact.error_of(draws), pair_gap
+            rows.setdefault((n, latent), []).append(found)
         report(Progress("joint draws", i + 1, sizes.joint_tasks))
     table = []
     for (n, latent), values in sorted(rows.items()):
@@ -253,6 +241,14 @@ def joint(
             row |= {f"pair_gap_{key}": value for key, value in _mean_of(pair).items()}
         table.append(row)
     return table
+
+
+def _pair_gap(fitted: Fitted, exact: _Joint, x_query: Tensor, y_query: Tensor) -> float:
+    """log p(y_1, y_2) less the network's, by the chain rule, of the first two queries."""
+    first = fitted.predict(x_query[:1]).log_prob(y_query[:1])
+    added = fitted.extend(x_query[:1], y_query[:1])
+    second = added.predict(x_query[1:2]).log_prob(y_query[1:2])
+    return float(exact.log_prob_of_pair(y_query[:2]) - first - second)
 
 
 def evidence(pfn: PFN, prior: Any, sizes: AuditSizes, seed: int, report: Report) -> dict[str, Any]:
@@ -366,6 +362,10 @@ class _Joint(NamedTuple):
         factors = torch.linalg.cholesky(self.covariances[used] + ridge)[index]
         z = torch.randn(draws, self.means.shape[1], 1, dtype=self.means.dtype, generator=generator)
         return self.means[part] + (factors @ z).squeeze(-1)
+
+    def error_of(self, draws: Tensor) -> float:
+        """Frobenius norm of what the covariance of draws (s, m) is off, over that of the exact."""
+        return float((torch.cov(draws.T) - self.covariance).norm() / self.covariance.norm())
 
     def log_prob_of_pair(self, y: Tensor) -> Tensor:
         """Of the first two points, y (2,)."""
