@@ -37,11 +37,14 @@ RIDGE = 1e-5  # least noise and least variance left, relative to an expert's var
 # Processes for Machine Learning, equations 4.9 and 4.17; r is sqrt(scale) times a distance over the
 # lengthscale.
 NEAR = 1e-14
-SCALES = {"rbf": 1.0, "matern52": 5.0, "matern32": 3.0}
+# "linear" is a squared exponential of lengthscales above five widths of the box: planes, almost.
+SCALES = {"rbf": 1.0, "matern52": 5.0, "matern32": 3.0, "linear": 1.0}
+HIGHEST = {"rbf": 9.0, "matern52": 9.0, "matern32": 9.0, "linear": -4.6}  # log(d precision)
 KERNELS = {#              far    p      q    s    t       u       v
            "rbf":      [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0],
            "matern52": [500.0, 1.0, 1 / 3, 1.0, 0.0, -1 / 6, -1 / 6],
-           "matern32": [300.0, 1.0, 0.0, 1.0, 0.0, -1 / 2, 0.0]}  # fmt: skip
+           "matern32": [300.0, 1.0, 0.0, 1.0, 0.0, -1 / 2, 0.0],
+           "linear":   [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0]}  # fmt: skip
 PSEUDO_COUNT = 1.0  # weight of a proposed variance beside the context's residuals, in observations
 GLOBALS = 3  # hyperparameters besides one lengthscale for each feature: noise, mean, variance
 HIDDEN = 48  # units of a refinement
@@ -126,8 +129,12 @@ class Experts(nn.Module):
         with torch.no_grad():  # of each kernel, from far- to near-sighted; noise of 2 %
             start = self.propose.bias[:slots].view(experts, -1)
             start[:, -GLOBALS] = -4.0
-            for kind in start.tensor_split(len(config.expert_kernels)):
-                kind[:, : config.max_features] = torch.linspace(-2, 2, len(kind)).unsqueeze(-1)
+            for kernel, kind in zip(
+                config.expert_kernels, start.tensor_split(len(config.expert_kernels)), strict=True
+            ):
+                end = min(2.0, HIGHEST[kernel])
+                spread = torch.linspace(end - 4, end, len(kind))
+                kind[:, : config.max_features] = spread.unsqueeze(-1)
 
     def solve(
         self, task: Tensor, known: Tensor | None, x: Tensor, y: Tensor
@@ -463,10 +470,12 @@ def _kernels(
 def _limits(
     kernels: tuple[str, ...], experts: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Least and largest values (d + GLOBALS,), and what makes a metric of log precisions (e, 1)."""
+    """Least values (d + GLOBALS,), largest (e, ...), and what makes a metric of log precisions."""
+    names = _of_each(kernels, experts)
     low = torch.tensor([-12.0] * d + [math.log(RIDGE), -math.inf, -10.0], dtype=dtype)
-    high = torch.tensor([9.0] * d + [5.0, math.inf, 10.0], dtype=dtype)
-    scale = torch.tensor([SCALES[name] for name in _of_each(kernels, experts)], dtype=dtype)
+    rows = [[HIGHEST[name]] * d + [5.0, math.inf, 10.0] for name in names]
+    high = torch.tensor(rows, dtype=dtype)
+    scale = torch.tensor([SCALES[name] for name in names], dtype=dtype)
     log_scale = 0.5 * (scale.log() - math.log(d)).unsqueeze(-1)
     return low.to(device), high.to(device), log_scale.to(device)
 

@@ -242,6 +242,21 @@ def test_experts_share_the_kernels_of_their_configuration() -> None:
         TransformerConfig(max_features=1, expert_kernels=("cubic",))
 
 
+def test_linear_experts_draw_planes() -> None:
+    values = hyperparameters()
+    values[..., :D] += 3.0  # would be short lengthscales
+    theta = to_theta(values, ("linear",))
+    x = torch.rand(2, 9, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = x @ torch.tensor([1.0, -2.0], dtype=torch.float64) + 0.1 * draw(2, 9)
+    ends = torch.rand(2, 2, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    line = torch.cat([ends, ends.mean(1, keepdim=True)], 1)
+    first, last, middle = forecast(solve(theta, each(x, y)), line).mean.unbind(1)
+    rough = forecast(solve(to_theta(values, ("rbf",)), each(x, y)), line).mean
+    bend, slope = middle - (first + last) / 2, last - first
+    assert (bend.abs() < 0.02 * slope.abs()).all()
+    assert (rough[:, 2] - rough[:, :2].mean(1)).abs().max() > 0.1
+
+
 def test_slopes_are_constants_in_training_only() -> None:
     torch.manual_seed(0)
     experts = Experts(CONFIG).double()
