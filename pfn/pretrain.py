@@ -418,41 +418,14 @@ def draw_lesson(
         visible = torch.randint(sizes.buffer + 1, (m,), device=device, generator=generator)
     reveal = draw_reveal(sizes.batch, network, config, generator)
     sees = torch.full((m,), n, device=device) if visible is None else visible + sizes.context
-    every: list[dict[str, Tensor]] = []  # further draws of the latents, given the context
     if isinstance(prior, ParticlePrior):
-        of_context = torch.full((1,), sizes.context, device=device)  # what latents see
-        known_to_all = prior.sample_particles(
-            sizes.batch,
-            n,
-            sizes.features,
-            torch.cat([sees, of_context]),
-            particles=config.particles,
-            held=by_latent(network, reveal, sizes.features),
-            generator=generator,
-        )
-        x, y, x_query = known_to_all.x, known_to_all.y, known_to_all.x_query[:, :m]
-        y_draws, f_draws, entropy = draw_targets(known_to_all, m, generator)
-        latents = {name: value[:, 0] for name, value in known_to_all.latents.items()}
-        if sizes.latents:
-            every = draw_latents(known_to_all, generator)
+        held = by_latent(network, reveal, sizes.features)
+        drawn = draw_with_particles(prior, sizes, sees, config.particles, held, generator)
     elif isinstance(prior, ConditionalPrior):
-        tasks = prior.sample_conditional(sizes.batch, n, sizes.features, sees, generator=generator)
-        x, y, x_query, latents = tasks.x, tasks.y, tasks.x_query, tasks.latents
-        noise = tasks.noise.unsqueeze(-1)
-        std_y, std_f = (tasks.variance + noise).sqrt(), tasks.variance.sqrt()
-        z = _stratified_normal(sizes.batch, m, generator)  # (s, b, m)
-        y_draws, f_draws = tasks.mean + std_y * z, tasks.mean + std_f * z
-        entropy = _normal_entropy(std_y).mean()
-        if tasks.bend is not None:
-            entropy = entropy + tasks.bend.log_slope(y_draws).mean()
-            y_draws, f_draws = tasks.bend(y_draws), tasks.bend(f_draws)
+        drawn = draw_with_conditionals(prior, sizes, sees, generator)
     else:
-        drawn = prior.sample(sizes.batch, n + m, sizes.features, generator=generator)
-        x, x_query = drawn.x[:, :n], drawn.x[:, n:]
-        y, y_draws, f_draws = drawn.y[:, :n], drawn.y[None, :, n:], drawn.f[None, :, n:]
-        latents, entropy = drawn.latents, torch.tensor(torch.nan, device=device)
-        if drawn.num_context is not None:  # rows past it are queries only
-            x, y = x[:, : drawn.num_context], y[:, : drawn.num_context]
+        drawn = draw_alone(prior, sizes, m, generator)
+    x, y, x_query, y_draws, f_draws, entropy, latents = drawn
     k = min(sizes.context, x.shape[1])
     own = sizes.own if k else FromContext()
     if own.y:
@@ -463,10 +436,9 @@ def draw_lesson(
         y, y_draws, f_draws = (units.map_y(value) for value in (y, y_draws, f_draws))
         entropy = entropy - units.y_scale.log().mean()
         scaling = getattr(prior, "latent_units", {})
-        latents, *every = (in_units(each, units, network, scaling) for each in (latents, *every))
-    known, *others = (latent_slots(network, e, sizes.batch, device) for e in (latents, *every))
-    slots = torch.stack(others or [known])
-    known = torch.where(reveal, known, torch.nan)
+        latents = [in_units(each, units, network, scaling) for each in latents]
+    slots = torch.stack([latent_slots(network, each, sizes.batch, device) for each in latents])
+    known = torch.where(reveal, slots[0], torch.nan)
     x, y, x_query, y_draws, f_draws, known, slots, entropy = (
         value.float() for value in (x, y, x_query, y_draws, f_draws, known, slots, entropy)
     )
@@ -481,7 +453,7 @@ def draw_lesson(
         entropy=entropy,
         known=known,
         own=own,
-        latents=slots if sizes.latents and network.latent_slots else None,
+        latents=slots[-LATENT_STRATA:] if sizes.latents and network.latent_slots else None,
     )
 
 
@@ -503,6 +475,77 @@ def by_latent(network: TransformerConfig, slots: Tensor, d: int) -> dict[str, Te
         for latent, column in zip(network.latents, columns, strict=True)
         if not latent.categories
     }
+
+
+class Drawn(NamedTuple):
+    """Tasks and targets of their queries, in the units of the prior."""
+
+    x: Tensor  # (b, n, d)
+    y: Tensor  # (b, n)
+    x_query: Tensor  # (b, m, d)
+    y_draws: Tensor  # (s, b, m)
+    f_draws: Tensor  # (s, b, m)
+    entropy: Tensor  # () of y given the latents; NaN where the prior cannot tell
+    latents: list[dict[str, Tensor]]  # as in `Tasks`; behind the tasks' own may be further draws
+
+
+def draw_alone(prior: Prior, sizes: Sizes, m: int, generator: torch.Generator) -> Drawn:
+    """Tasks of a prior that shows single draws only."""
+    n = sizes.context + sizes.buffer
+    tasks = prior.sample(sizes.batch, n + m, sizes.features, generator=generator)
+    seen = n if tasks.num_context is None else min(n, tasks.num_context)  # others are queries only
+    return Drawn(
+        tasks.x[:, :seen],
+        tasks.y[:, :seen],
+        tasks.x[:, n:],
+        tasks.y[None, :, n:],
+        tasks.f[None, :, n:],
+        tasks.y.new_tensor(torch.nan),
+        [tasks.latents],
+    )
+
+
+def draw_with_conditionals(
+    prior: ConditionalPrior, sizes: Sizes, sees: Tensor, generator: torch.Generator
+) -> Drawn:
+    """Tasks whose queries, of which each sees so many points (m,), have stratified draws."""
+    n = sizes.context + sizes.buffer
+    tasks = prior.sample_conditional(sizes.batch, n, sizes.features, sees, generator=generator)
+    std_y, std_f = (tasks.variance + tasks.noise.unsqueeze(-1)).sqrt(), tasks.variance.sqrt()
+    z = _stratified_normal(sizes.batch, len(sees), generator)  # (s, b, m)
+    y_draws, f_draws = tasks.mean + std_y * z, tasks.mean + std_f * z
+    entropy = _normal_entropy(std_y).mean()
+    if tasks.bend is not None:
+        entropy = entropy + tasks.bend.log_slope(y_draws).mean()
+        y_draws, f_draws = tasks.bend(y_draws), tasks.bend(f_draws)
+    return Drawn(tasks.x, tasks.y, tasks.x_query, y_draws, f_draws, entropy, [tasks.latents])
+
+
+def draw_with_particles(
+    prior: ParticlePrior,
+    sizes: Sizes,
+    sees: Tensor,
+    particles: int,
+    held: dict[str, Tensor],
+    generator: torch.Generator,
+) -> Drawn:
+    """The same, also over latents that the points which a query sees leave plausible."""
+    n, m = sizes.context + sizes.buffer, len(sees)
+    of_latents = sees.new_full((1,), sizes.context)  # what their own queries see
+    tasks = prior.sample_particles(
+        sizes.batch,
+        n,
+        sizes.features,
+        torch.cat([sees, of_latents]),
+        particles=particles,
+        held=held,
+        generator=generator,
+    )
+    targets = draw_targets(tasks, m, generator)
+    latents = [{name: value[:, 0] for name, value in tasks.latents.items()}]
+    if sizes.latents:
+        latents += draw_latents(tasks, generator)
+    return Drawn(tasks.x, tasks.y, tasks.x_query[:, :m], *targets, latents)
 
 
 def draw_targets(
