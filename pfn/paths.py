@@ -2,11 +2,11 @@
 
 Each draw visits points of the query in a random order of its own and draws an observation at each
 from the predictive given all before it: by the chain rule, a joint draw of observations. The
-function is what these observations leave to be known of it: its mean given them, and around the
-mean a draw of the expert's residual process, so that its variance is whole however noisy the
-observations are. (The mean alone, a martingale posterior, has the variance of the posterior less
-that of the posterior given the rollout.) So are observations at points beyond `MOST` that a draw
-visits.
+function is what these observations leave to be known of it: one expert, chosen by its weight given
+them, says its mean, and around the mean a draw of that expert's residual process, so that its
+variance is whole however noisy the observations are. (The mean alone, a martingale posterior, has
+the variance of the posterior less that of the posterior given the rollout.) So are observations at
+points beyond `MOST` that a draw visits.
 
 Read `rollout.py` first. Shapes: s draws, m queries, k of them visited, e experts.
 
@@ -84,20 +84,20 @@ def _walk(
     if not latent and order.shape[1] == len(points):
         return torch.empty_like(values).scatter_(1, order, values)
     mixture_of = network.mixture_f if latent else network.mixture_y
-    moments = [_moments(mixture_of(final)) for _, final in walk.finish(visited[-1])]
-    mean, std, weights = (torch.cat(parts) for parts in zip(*moments, strict=True))
-    chosen = torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    parts = [_choose(mixture_of(final), generator) for _, final in walk.finish(visited[-1])]
+    chosen, mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     residual = walk.experts.residuals(chosen, noisy=not latent, generator=generator)
     paths = mean + std * residual.to(std)
     return paths if latent else paths.scatter(1, order, values)
 
 
-def _moments(mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and standard deviation (s, m), and the average weights of components (s, e)."""
-    weights = mixture.log_weights.exp()
-    mean = (weights * mixture.means).sum(-1)
-    spread = (2 * mixture.log_stds).exp() + (mixture.means - mean.unsqueeze(-1)).square()
-    return mean, (weights * spread).sum(-1).sqrt(), weights.mean(1)
+def _choose(mixture: Mixture, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """One component for all of a walk's points (s,), and its means and deviations (s, m)."""
+    log_weights, means, log_stds = mixture
+    chosen = torch.multinomial(log_weights.exp().mean(1), 1, generator=generator)  # (s, 1)
+    index = chosen.unsqueeze(1).expand(-1, means.shape[1], -1)
+    mean, log_std = (part.gather(2, index).squeeze(2) for part in (means, log_stds))
+    return chosen.squeeze(1), mean, log_std.exp()
 
 
 def draw(mixture: Mixture, generator: torch.Generator) -> Tensor:
