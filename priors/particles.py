@@ -130,11 +130,11 @@ def _propose(
     posterior's does, and with the number of values, as that of random walks must, times a factor
     drawn for each task.
     """
+    device = generator.device  # distributions live on the CPU, and all of this is small
+    first, held = ({name: v.cpu() for name, v in some.items()} for some in (first, held))
     batch = len(next(iter(first.values())))
     values = sum(first[coordinate.name][0].numel() for coordinate in unknown)
-    uniform = torch.rand(
-        batch, 1, dtype=torch.float64, device=generator.device, generator=generator
-    )
+    uniform = torch.rand(batch, 1, dtype=torch.float64, device=device, generator=generator).cpu()
     reach = (REACH / math.sqrt((1 + n) * max(values, 1)) * 4 ** (uniform - 0.5)).clamp_max(1.0)
     kept = (1 - reach.square()).sqrt()
     theta = {
@@ -145,7 +145,7 @@ def _propose(
         name, transform = coordinate.name, coordinate.transform
         t = transform.inv(first[name] / coordinate.factor).reshape(batch, 1, -1)
         center, others = (
-            draw_normal(batch, count, t.shape[-1], generator=generator)
+            draw_normal(batch, count, t.shape[-1], generator=generator).cpu()
             for count in (1, particles - 1)
         )
         wide, keep = reach.unsqueeze(1), kept.unsqueeze(1)
@@ -160,4 +160,5 @@ def _propose(
         shaped = every.reshape(theta[name].shape)
         ratio = coordinate.log_density(shaped).reshape(every.shape) + 0.5 * every.square()
         log_ratio = log_ratio + ratio.sum(-1)
-    return {name: value.flatten(0, 1) for name, value in theta.items()}, log_ratio
+    flat = {name: value.flatten(0, 1).to(device) for name, value in theta.items()}
+    return flat, log_ratio.to(device)
