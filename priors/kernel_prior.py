@@ -173,15 +173,17 @@ class KernelPrior(abc.ABC):
 
         Args:
             visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
-            particles: values of the hyperparameters for each task, weighed by their likelihood.
+            particles: values of the hyperparameters for each task, the first its own; one where no
+                hyperparameter is unknown.
             held: latents by name that all particles of a task share, (task,) or (task, dim)
                 booleans; none where a name is missing. Alternatives are always shared.
-        """
-        from priors import particles as module  # on demand: it is built on this one
 
-        return module.sample_particles(
-            self, batch, n, d, visible, particles=particles, held=held, generator=generator
-        )
+        Hyperparameters are taken as independent and drawn from `hyperparameters`: a subclass that
+        draws them otherwise needs a `sample_particles` of its own.
+        """
+        from priors.particles import particle_tasks  # on demand: it is built on this module
+
+        return particle_tasks(self, (batch, n, d), visible, particles, held, generator)
 
     def sample_at(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
         """Noisy observations (task, n) of tasks of their own at x (task, n, d)."""
@@ -189,7 +191,10 @@ class KernelPrior(abc.ABC):
 
     def draw_process(self, batch: int, d: int, *, generator: torch.Generator) -> Process:
         """Processes with hyperparameters of their own."""
-        theta = self.draw_hyperparameters(batch, d, generator=generator)
+        return self.process(self.draw_hyperparameters(batch, d, generator=generator), d)
+
+    def process(self, theta: dict[str, Tensor], d: int) -> Process:
+        """The processes of given hyperparameters."""
         signal, noise = self.variances(theta)
         return Process(
             theta["mean"],

@@ -61,7 +61,8 @@ class ConditionalTasks(NamedTuple):
 class ParticleTasks(NamedTuple):
     """Tasks whose queries carry their posterior predictive as a weighted mixture of normals.
 
-    Each task has several values of the latents, its particles, of which the first drew its y. Query
+    Each task has several values of the latents, its particles, of which the first drew its y; those
+    that are categories all particles of a task share. Query
     j is distributed as f_j ~ Normal(mean_jk, variance_jk) and y_j = f_j + Normal(0, noise_k) given
     particle k and the first `visible_j` observations, and the average over particles with their
     weights has the same expectation, given these observations, as the exact posterior predictive.

@@ -22,6 +22,7 @@ from priors import (
     LearningCurves,
     Linear,
     Mixture,
+    ParticlePrior,
     ScaleMixture,
     Searched,
     Tasks,
@@ -133,6 +134,12 @@ def test_draws_are_born_where_the_generator_is(case: Case) -> None:
     tasks = case.prior.sample(3, 17, case.d, generator=generator)
     for value in (tasks.x, tasks.y, tasks.f, *tasks.latents.values()):
         assert value.device.type == "cuda"
+    if isinstance(case.prior, ParticlePrior):
+        visible = torch.tensor([2, 5], device="cuda")
+        weighed = case.prior.sample_particles(
+            3, 5, case.d, visible, particles=4, held={}, generator=generator
+        )
+        assert weighed.log_weights.device.type == weighed.mean.device.type == "cuda"
 
 
 @every

@@ -6,13 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Gamma, Normal, Uniform
+from torch.distributions import Gamma, LogNormal, Normal, Poisson, Uniform
 
 from priors import NNGP, GaussianProcess, ParticlePrior, ParticleTasks, ScaleMixture, Warped
 
-PLAIN = GaussianProcess(
-    ard=True
-)  # log-normal hyperparameters: standard normal in their coordinates
+PLAIN = GaussianProcess(ard=True)  # log-normal: standard normal in their coordinates
 OTHERS = GaussianProcess(
     kernel=("rbf", "matern52"),
     lengthscale=Uniform(0.05, 1.0),
@@ -34,43 +32,65 @@ def draw(
     return tasks
 
 
-@pytest.mark.parametrize("seen", [0, 4, 6])
-def test_each_particle_is_a_gaussian_process_and_weighs_its_likelihood(seen: int) -> None:
-    tasks = draw(PLAIN, [seen] * 3)
-    log_likelihood = []
-    for k in range(5):
-        theta = {name: value[:, k] for name, value in tasks.latents.items()}
-        theta["mean"] = torch.zeros(40, dtype=torch.float64)
-        context = tasks.x[:, :seen], tasks.y[:, :seen]
-        mean, variance = PLAIN.conditional(*context, tasks.x_query, theta)
-        torch.testing.assert_close(tasks.mean[..., k], mean, rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(tasks.variance[..., k], variance, rtol=1e-6, atol=1e-8)
-        assert torch.equal(tasks.noise[:, k], theta["noise"])
-        log_likelihood.append(PLAIN.log_likelihood(*context, theta))
-    expected = torch.stack(log_likelihood, -1).log_softmax(-1).unsqueeze(1).expand(-1, 3, -1)
-    torch.testing.assert_close(tasks.log_weights, expected, rtol=1e-6, atol=1e-6)
+def test_each_particle_is_a_gaussian_process_and_weighs_its_likelihood() -> None:
+    visible = [0, 4, 6]
+    tasks = draw(PLAIN, visible)
+    for j, seen in enumerate(visible):
+        log_likelihood = []
+        for k in range(5):
+            theta = {name: value[:, k] for name, value in tasks.latents.items()}
+            theta["mean"] = torch.zeros(40, dtype=torch.float64)
+            context = tasks.x[:, :seen], tasks.y[:, :seen]
+            mean, variance = PLAIN.conditional(*context, tasks.x_query[:, j : j + 1], theta)
+            near = {"rtol": 1e-6, "atol": 1e-8}
+            torch.testing.assert_close(tasks.mean[:, j, k], mean[:, 0], **near)
+            torch.testing.assert_close(tasks.variance[:, j, k], variance[:, 0], **near)
+            assert torch.equal(tasks.noise[:, k], theta["noise"])
+            log_likelihood.append(PLAIN.log_likelihood(*context, theta))
+        expected = torch.stack(log_likelihood, -1).log_softmax(-1)
+        torch.testing.assert_close(tasks.log_weights[:, j], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("n", [0, 1, 5, 30])
+@pytest.mark.parametrize("visible", [0, 2, 20])
 @pytest.mark.parametrize(
     "prior",
     [PLAIN, OTHERS, ScaleMixture(NNGP(), Gamma(2.0, 2.0)), Warped(GaussianProcess())],
     ids=["plain", "others", "scale mixture", "warped"],
 )
-def test_which_particle_drew_the_task_is_told_by_its_weight(prior: Any, n: int) -> None:
+def test_latents_that_drew_a_task_are_a_draw_from_its_weighted_particles(
+    prior: Any, visible: int
+) -> None:
     assert isinstance(prior, ParticlePrior)
-    weights = (
-        draw(prior, [n], batch=1000, n=n, particles=16).log_weights[:, 0].exp()
-    )  # (task, particle)
-    # Given the data and the particles, the first is the k-th with the chance of its weight.
-    excess = weights[:, 0] - weights.square().sum(-1)
-    error = float(excess.std()) / math.sqrt(len(excess))
-    assert abs(float(excess.mean())) < 4 * error + 1e-9
-    informed = float(weights.square().sum(-1).mean())
-    assert informed < 0.75  # proposals are plausible: no particle takes it all
+    n, batch = max(visible, 1), 3000
+    tasks = draw(prior, [visible], batch=batch, n=n, d=1, particles=8)
+    weights = tasks.log_weights[:, 0].exp()  # (task, particle)
+    for name, value in tasks.latents.items():
+        value = value.reshape(batch, 8).double()
+        value = value if name in ("mean", "kernel") else value.log()
+        excess = value[:, 0] - (weights * value).sum(-1)
+        error = float(excess.std()) / math.sqrt(batch)
+        assert abs(float(excess.mean())) < 4 * error + 1e-9, name
+    # proposals are plausible: on average no particle has more than three quarters
+    assert float(weights.square().sum(-1).mean()) < 0.75
 
 
-def test_particles_halve_the_distance_to_the_posterior() -> None:
+def test_proposals_that_overflow_count_for_nothing() -> None:
+    prior = GaussianProcess(outputscale=LogNormal(0.0, 150.0), noise=0.1)
+    tasks = draw(prior, [2], n=2, d=1)
+    assert all(part.isfinite().all() for part in (tasks.mean, tasks.variance, tasks.noise))
+    total = tasks.log_weights.exp().sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_hyperparameters_without_a_density_all_particles_share() -> None:
+    tasks = draw(GaussianProcess(mean=Poisson(3.0)), [6])
+    assert (tasks.latents["mean"] == tasks.latents["mean"][:, :1]).all()
+    assert (tasks.latents["noise"] != tasks.latents["noise"][:, :1]).any()
+    fixed = GaussianProcess(lengthscale=0.3, outputscale=1.0, noise=0.1)
+    assert draw(fixed, [6]).log_weights.shape == (40, 1, 1)
+
+
+def test_particles_halve_the_squared_distance_to_the_posterior() -> None:
     prior = GaussianProcess()
     tasks = draw(prior, [5] * 4, batch=60, n=5, d=1, particles=16)
     exact = [
