@@ -37,14 +37,16 @@ RIDGE = 1e-5  # least noise and least variance left, relative to an expert's var
 # Processes for Machine Learning, equations 4.9 and 4.17; r is sqrt(scale) times a distance over the
 # lengthscale.
 NEAR = 1e-14
-# "linear" is a squared exponential of lengthscales above five widths of the box: planes, almost.
-SCALES = {"rbf": 1.0, "matern52": 5.0, "matern32": 3.0, "linear": 1.0}
-HIGHEST = {"rbf": 9.0, "matern52": 9.0, "matern32": 9.0, "linear": -4.6}  # log(d precision)
+SCALES = {"rbf": 1.0, "matern52": 5.0, "matern32": 3.0, "plane": 1.0}
+# log(d precision). "plane" is "rbf" of lengthscales above five widths of the box: almost planes. Most
+# of its variance is that of the offset: noise below a thousandth of the squared rise over half a
+# box counts as that, see `RIDGE`.
+HIGHEST = {"rbf": 9.0, "matern52": 9.0, "matern32": 9.0, "plane": -4.6}
 KERNELS = {#              far    p      q    s    t       u       v
            "rbf":      [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0],
            "matern52": [500.0, 1.0, 1 / 3, 1.0, 0.0, -1 / 6, -1 / 6],
            "matern32": [300.0, 1.0, 0.0, 1.0, 0.0, -1 / 2, 0.0],
-           "linear":   [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0]}  # fmt: skip
+           "plane":    [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0]}  # fmt: skip
 PSEUDO_COUNT = 1.0  # weight of a proposed variance beside the context's residuals, in observations
 GLOBALS = 3  # hyperparameters besides one lengthscale for each feature: noise, mean, variance
 HIDDEN = 48  # units of a refinement
@@ -129,12 +131,12 @@ class Experts(nn.Module):
         with torch.no_grad():  # of each kernel, from far- to near-sighted; noise of 2 %
             start = self.propose.bias[:slots].view(experts, -1)
             start[:, -GLOBALS] = -4.0
-            for kernel, kind in zip(
-                config.expert_kernels, start.tensor_split(len(config.expert_kernels)), strict=True
-            ):
+            names = kernel_of_each(config.expert_kernels, experts)
+            for kernel in set(names):
+                mine = [i for i, name in enumerate(names) if name == kernel]
                 end = min(2.0, HIGHEST[kernel])
-                spread = torch.linspace(end - 4, end, len(kind))
-                kind[:, : config.max_features] = spread.unsqueeze(-1)
+                spread = torch.linspace(end - 4, end, len(mine)).unsqueeze(-1)
+                start[mine, : config.max_features] = spread
 
     def solve(
         self, task: Tensor, known: Tensor | None, x: Tensor, y: Tensor
@@ -256,7 +258,7 @@ def to_theta(values: Tensor, kernels: tuple[str, ...]) -> Theta:
     Those are log(d precision) of each feature, log noise, mean and log variance.
 
     Args:
-        kernels: names in `KERNELS`, each of an equal part of the experts, in this order.
+        kernels: names in `KERNELS`, each of about an equal part of the experts, in this order.
     """
     b, e, d = *values.shape[:2], values.shape[-1] - GLOBALS
     low, high, log_scale = _limits(kernels, e, d, values.dtype, values.device)
@@ -460,7 +462,7 @@ def _kernels(
     kernels: tuple[str, ...], tasks: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
     """The columns of `KERNELS` for each expert, (g, 1, 1)."""
-    rows = [KERNELS[name] for name in _of_each(kernels, experts)]
+    rows = [KERNELS[name] for name in kernel_of_each(kernels, experts)]
     columns = torch.tensor(rows, dtype=dtype).repeat(tasks, 1).T
     return columns[..., None, None].contiguous().to(device).unbind()
 
@@ -471,7 +473,7 @@ def _limits(
     kernels: tuple[str, ...], experts: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Least values (d + GLOBALS,), largest (e, ...), and what makes a metric of log precisions."""
-    names = _of_each(kernels, experts)
+    names = kernel_of_each(kernels, experts)
     low = torch.tensor([-12.0] * d + [math.log(RIDGE), -math.inf, -10.0], dtype=dtype)
     rows = [[HIGHEST[name]] * d + [5.0, math.inf, 10.0] for name in names]
     high = torch.tensor(rows, dtype=dtype)
@@ -480,7 +482,8 @@ def _limits(
     return low.to(device), high.to(device), log_scale.to(device)
 
 
-def _of_each(kernels: tuple[str, ...], experts: int) -> list[str]:
+def kernel_of_each(kernels: tuple[str, ...], experts: int) -> list[str]:
+    """Equal parts, or about; with fewer experts than kernels, some kernels have none."""
     return [kernels[i * len(kernels) // experts] for i in range(experts)]
 
 

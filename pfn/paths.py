@@ -84,7 +84,7 @@ def _walk(
     if not latent and order.shape[1] == len(points):
         return torch.empty_like(values).scatter_(1, order, values)
     mixture_of = network.mixture_f if latent else network.mixture_y
-    parts = [_choose(mixture_of(final), generator) for _, final in walk.finish(visited[-1])]
+    parts = [_choose(mixture_of(final), generator) for final in walk.finish(visited[-1])]
     chosen, mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     residual = walk.experts.residuals(chosen, noisy=not latent, generator=generator)
     paths = mean + std * residual.to(std)

@@ -468,7 +468,7 @@ def draw_reveal(
 
 
 def by_latent(network: TransformerConfig, slots: Tensor, d: int) -> dict[str, Tensor]:
-    """Columns (b, slots) of latents that are numbers by their names, (b,) or (b, d)."""
+    """The columns of `slots` by name of latent, (b,) or (b, d); categories left out."""
     columns = slots.split([network.slots(latent) for latent in network.latents], dim=1)
     return {
         latent.name: column[:, :d] if latent.per_feature else column[:, 0]

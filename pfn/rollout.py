@@ -23,7 +23,7 @@ from pfn.experts import RIDGE, Forecast, Solved, cholesky, correlation, eye, inp
 from pfn.transformer import Encoded, EncodedLayer, Final, Transformer, attend, place
 
 FEW = 2  # tokens of each walk, for which keys that all walks share are not worth copying
-PIECE = 2**21  # numbers, 16 MiB
+PIECE = 2**21  # numbers, 16 MiB: memory of larger tensors goes back to the system after each use
 
 
 class Rollout:
@@ -54,20 +54,19 @@ class Rollout:
         j = self.experts.told
         return self._ask(self._x[:, j : j + 1], self.experts.expect_next(), y, told)
 
-    def finish(self, y: Tensor) -> Iterator[tuple[slice, Final]]:
+    def finish(self, y: Tensor) -> Iterator[Final]:
         """What becomes of the whole grid (s, m), once y (s,) was told of the last point.
 
         Returns:
-            Some of the walks, one after the other, and that of them.
+            That of a few walks after the other, computed as they are asked for.
         """
         told = self.experts.tell(y)
         said = self.experts.expect_all()
-        widest = self._network.config.width * self._network.config.expansion
-        size = max(1, PIECE // (len(self._grid) * widest))
-        for start in range(0, len(y), size):
-            some = slice(start, start + size)
-            every = self._grid.expand(len(y[some]), -1, -1)
-            yield some, self._ask(every, said.of(some), y, told, some)
+        config = self._network.config
+        return (
+            self._ask(self._grid.expand(len(y[some]), -1, -1), said.of(some), y, told, some)
+            for some in pieces(len(y), len(self._grid) * config.width * config.expansion)
+        )
 
     def _ask(
         self,
@@ -215,9 +214,8 @@ class ExpertsWalk:
         return residual / left.clamp_min(RIDGE).sqrt()
 
     def _pieces(self, columns: int) -> Iterator[slice]:
-        """Walks, as many at once as a heap takes the matrices of: larger ones cost page faults."""
-        size = max(1, PIECE // (len(self._left) * self._order.shape[1] * columns))
-        return (slice(i, i + size) for i in range(0, len(self._order), size))
+        """Walks whose matrices, one for each expert, have so many columns."""
+        return pieces(len(self._order), len(self._left) * self._order.shape[1] * columns)
 
     def _forecast(self, mean: Tensor, left: Tensor) -> Forecast:
         """From means (s, t, e) and the shares of variance left."""
@@ -225,6 +223,12 @@ class ExpertsWalk:
         noise = (variance * self._noise).expand(len(mean), 1, -1)
         log_evidence = self._log_evidence.unsqueeze(1)
         return Forecast(mean, variance * left.clamp_min(RIDGE), noise, log_evidence)
+
+
+def pieces(walks: int, entries: int) -> Iterator[slice]:
+    """Some of the walks after the other, that many entries each: no tensor is above `PIECE`."""
+    size = max(1, PIECE // entries)
+    return (slice(i, i + size) for i in range(0, walks, size))
 
 
 def _attend(query: Tensor, layer: EncodedLayer, own: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class TransformerConfig:
     """Everything that fixes the architecture.
 
     There is one component of the mixture for each expert, whose hyperparameters take from
-    `least_refinements` to `refinements` steps; equal parts of the experts have each of the
-    `expert_kernels`. A `causal` network (`causal.py`) has no experts.
+    `least_refinements` to `refinements` steps; about equal parts of the experts have each of
+    the `expert_kernels`. A `causal` network (`causal.py`) has no experts.
     `y_mean` and `y_std` are the prior's own moments.
     """
 

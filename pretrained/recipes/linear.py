@@ -12,7 +12,7 @@ prior = Linear(inputs=("uniform", "normal", "clustered", "grid"))
 config = PretrainConfig(
     max_features=5,
     max_context=64,
-    expert_kernels=("linear",),  # of data that are no plane, its evidence is small, too
+    expert_kernels=("plane",),  # of data that are no plane, its evidence is small, too
     lr=5e-3,
     seconds=480,
 )

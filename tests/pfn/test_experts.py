@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pfn.experts import (
     GLOBALS,
+    HIGHEST,
     SCALES,
     Experts,
     Points,
@@ -21,6 +22,7 @@ from pfn.experts import (
     correlation,
     evidence_slopes,
     forecast,
+    kernel_of_each,
     leave_one_out,
     seen_by_each,
     solve,
@@ -242,10 +244,18 @@ def test_experts_share_the_kernels_of_their_configuration() -> None:
         TransformerConfig(max_features=1, expert_kernels=("cubic",))
 
 
-def test_linear_experts_draw_planes() -> None:
+def test_experts_start_where_their_own_kernel_does() -> None:
+    kernels = ("rbf", "plane", "matern32", "plane")
+    config = replace(CONFIG, expert_kernels=kernels)
+    names = kernel_of_each(kernels, E)
+    start = Experts(config).propose.bias[: E * (3 + GLOBALS)].view(E, -1)[:, 0]
+    assert [value <= HIGHEST["plane"] for value in start] == [name == "plane" for name in names]
+
+
+def test_experts_of_planes_draw_planes() -> None:
     values = hyperparameters()
     values[..., :D] += 3.0  # would be short lengthscales
-    theta = to_theta(values, ("linear",))
+    theta = to_theta(values, ("plane",))
     x = torch.rand(2, 9, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = x @ torch.tensor([1.0, -2.0], dtype=torch.float64) + 0.1 * draw(2, 9)
     ends = torch.rand(2, 2, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

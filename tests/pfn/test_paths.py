@@ -46,7 +46,7 @@ def test_a_walk_says_what_decode_says_of_the_same_buffer(
     for ours, theirs in zip(zip(*steps, strict=True), network.mixture_y(final), strict=True):
         torch.testing.assert_close(torch.cat(ours, 1), theirs, atol=2e-5, rtol=2e-5)
     monkeypatch.setattr("pfn.rollout.PIECE", 1)  # one walk after the other
-    pieces = [network.mixture_f(final) for _, final in walk.finish(told[:, -1])]
+    pieces = [network.mixture_f(final) for final in walk.finish(told[:, -1])]
     assert len(pieces) == 2
     everywhere = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
     final = network.decode(
