@@ -38,9 +38,9 @@ RIDGE = 1e-5  # least noise and least variance left, relative to an expert's var
 # lengthscale.
 NEAR = 1e-14
 SCALES = {"rbf": 1.0, "matern52": 5.0, "matern32": 3.0, "plane": 1.0}
-# log(d precision). "plane" is "rbf" of lengthscales above five widths of the box: almost planes. Most
-# of its variance is that of the offset: noise below a thousandth of the squared rise over half a
-# box counts as that, see `RIDGE`.
+# log(d precision). "plane" is "rbf" of lengthscales above five widths of the box: almost planes.
+# Most of its variance is that of the offset: noise below a thousandth of the squared rise over half
+# a box counts as that, see `RIDGE`.
 HIGHEST = {"rbf": 9.0, "matern52": 9.0, "matern32": 9.0, "plane": -4.6}
 KERNELS = {#              far    p      q    s    t       u       v
            "rbf":      [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0],
