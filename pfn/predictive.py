@@ -21,6 +21,7 @@ from torch.distributions import Distribution, constraints
 from torch.types import _size
 
 from pfn.mixture import SQRT_2PI, log_improvement, mixture_log_prob, normal_cdf
+from priors.context import to_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,15 +166,15 @@ class Predictive(Distribution):
 
     # Densities and probabilities
 
-    def log_prob(self, value: float | Tensor) -> Tensor:
+    def log_prob(self, value: ArrayLike | Tensor) -> Tensor:
         """log q(value), never below the most negative float of the dtype."""
         return self._out_log(self._log_q(self._checked(value)))
 
-    def cdf(self, value: float | Tensor) -> Tensor:
+    def cdf(self, value: ArrayLike | Tensor) -> Tensor:
         """P(y <= value); for a precise upper tail see `probability_of_improvement`."""
         return self._out(self._tail(self._checked(value)).clamp_max(1))
 
-    def icdf(self, value: float | Tensor) -> Tensor:
+    def icdf(self, value: ArrayLike | Tensor) -> Tensor:
         """The y at which cdf(y) = value, to float width; -inf at 0, inf at 1.
 
         The answer lies between the components' quantiles; Newton steps on the logarithm of the
@@ -239,7 +240,7 @@ class Predictive(Distribution):
             entropy = entropy + (weight * half * log_q.exp() * surprise).sum(-1)
         return self._out(entropy)
 
-    def crps(self, value: float | Tensor) -> Tensor:
+    def crps(self, value: ArrayLike | Tensor) -> Tensor:
         """The continuous ranked probability score E|y - value| - E|y - y'| / 2, lower is better.
 
         Reference: Grimit et al., The continuous ranked probability score for circular variables,
@@ -327,10 +328,10 @@ class Predictive(Distribution):
         """A trailing batch dimension of size 1, against which many points per element broadcast."""
         return self[..., None]
 
-    def _double(self, value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=self._m.device)
+    def _double(self, value: ArrayLike | Tensor) -> Tensor:
+        return to_tensor(value, "values").to(self._m.device, torch.float64)
 
-    def _checked(self, value: float | Tensor) -> Tensor:
+    def _checked(self, value: ArrayLike | Tensor) -> Tensor:
         y = self._double(value)
         if self._validate_args:
             self._validate_sample(y)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mpmath
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -558,3 +559,11 @@ def test_a_plot_says_what_to_do_with_more_features_or_tasks() -> None:
         q.expand((3, 4)).plot(torch.zeros(4))
     with pytest.raises(ValueError, match="as many context x as y; got 3 and 2"):
         q.plot(torch.zeros(4), context=(torch.zeros(3), torch.zeros(2)))
+
+
+def test_values_may_be_lists_and_series_whatever_their_index() -> None:
+    q, values = predictive(), torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    series = pd.Series(values.numpy(), index=[7, 3, 5, 9])
+    for method in (q.log_prob, q.cdf, q.crps):
+        assert torch.equal(method(series), method(values))
+        assert torch.equal(method(values.tolist()), method(values))
