@@ -25,8 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from pfn.causal import OF_SWEEPS, find_runs
 from pfn.library import load
@@ -781,14 +779,7 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        store, rank, world = next(rendezvous("env://"))
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # dead processes' addresses stay
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(f"life-{life}", store),
-            rank=rank,
-            world_size=world,
-        )
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -32,6 +32,11 @@ CONFIG = PretrainConfig(
     bf16=False,
     save_every=0.0,  # seconds: after each step
 )
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(__file__).parents[2]),
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or who starts anew finds addresses of the dead
+}
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -70,7 +75,7 @@ def run_two(out: Path, *, killed: str = "none") -> list[list[float]]:
     launch += ["--max-restarts", "1"]
     subprocess.run(
         [sys.executable, *launch, str(script), json.dumps(asdict(CONFIG)), str(out), killed],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | ENVIRONMENT,
         check=True,
         capture_output=True,
         timeout=300,
