@@ -147,12 +147,12 @@ def buffer_loss(
     data = _whole(pfn, prior, n + added, d, sizes.evidence_tasks, seed, "buffer")
     context, rest = (data.x[:, :n], data.y[:, :n], None), (data.x[:, n:], data.y[:, n:])
     with torch.inference_mode():
-        behind = predict_points(pfn.transformer, *context, *rest, one_by_one=True).log_prob
+        behind = predict_points(pfn.transformer, *context, *rest, one_by_one=True)
         within = []
         for k in range(n, n + added):
             prefix, point = (data.x[:, :k], data.y[:, :k]), (data.x[:, k:], data.y[:, k:])
             point = point[0][:, :1], point[1][:, :1]
-            within.append(predict_points(pfn.transformer, *prefix, None, *point).log_prob)
+            within.append(predict_points(pfn.transformer, *prefix, None, *point))
             report(Progress("buffer", k - n + 1, added))
     loss = (torch.cat(within, 1) - behind).mean(1).cpu()
     return {"n": n, "added": added, "d": d} | _mean_of(loss)

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from pfn.mixture import mixture_log_prob
 from pfn.network import Network
-from pfn.transformer import Mixture
+from pfn.transformer import Mixture, Transformer
 from pfn.units import FromContext
 
 GROWTH = 0.5  # points added behind a prefix before it is encoded anew, as a share of it
-ENTRIES = 2**22  # of the matrices of tasks that are encoded at once: bounds memory
+ENTRIES = 2**24  # of the matrices of tasks that are encoded at once: bounds memory
+CACHED = 2**17  # of these, on a CPU
 
 
 class DataSets(NamedTuple):
@@ -53,7 +54,7 @@ def log_evidence(
         zero = data.y.new_zeros(b, dtype=torch.float64)
         return Evidence(zero, zero, zero)
     if network.config.causal:  # whose points have one order
-        each = one_step_ahead(network, *data).log_prob.sum(1)
+        each = one_step_ahead(network, *data).sum(1)
         return Evidence(each, torch.zeros_like(each), torch.zeros_like(each))
     each = chain_rule(network, data, orders, generator)
     value = each.logsumexp(0) - math.log(orders)
@@ -70,45 +71,50 @@ def chain_rule(network: Network, data: DataSets, orders: int, generator: torch.G
     for _ in range(orders):
         order = torch.rand(y.shape, generator=generator, device=y.device).argsort(1)
         ordered = x.gather(1, order.unsqueeze(-1).expand_as(x)), y.gather(1, order)
-        each.append(one_step_ahead(network, *ordered, known).log_prob.sum(1))
+        each.append(one_step_ahead(network, *ordered, known).sum(1))
     return torch.stack(each)
 
 
-class Ahead(NamedTuple):
-    """What the points before each observation say of it."""
-
-    log_prob: Tensor  # (b, n), float64
-    z: Tensor  # (b, n) normal scores of the predictive's cdf, standard normal if it is the prior's
-
-
-def one_step_ahead(network: Network, x: Tensor, y: Tensor, known: Tensor | None) -> Ahead:
-    """Each observation (b, n) as those before it predict it, in the order given."""
+def one_step_ahead(
+    network: Network, x: Tensor, y: Tensor, known: Tensor | None, *, growth: float = GROWTH
+) -> Tensor:
+    """Log density (b, n) of each observation given those before it, in the order given."""
+    n = y.shape[1]
     parts = [
         predict_points(network, x[:, :a], y[:, :a], known, x[:, a:z], y[:, a:z], one_by_one=True)
-        for a, z in _blocks(y.shape[1], whole=network.config.causal)
+        for a, z in ([(0, n)] if network.config.causal else _blocks(n, growth))
     ]
-    return Ahead(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+    return torch.cat(parts, 1)
 
 
-def left_out(network: Network, x: Tensor, y: Tensor, known: Tensor | None, folds: int) -> Ahead:
-    """Each observation (b, n) as the other folds predict it; every `folds`-th point is one fold."""
-    fold = torch.arange(y.shape[1], device=y.device) % folds
-    parts, places = [], []
-    for k in range(min(folds, len(fold))):
-        rest, out = fold != k, fold == k
-        parts.append(predict_points(network, x[:, rest], y[:, rest], known, x[:, out], y[:, out]))
-        places.append(out.nonzero().squeeze(1))
-    place = torch.cat(places).argsort()
-    return Ahead(*(torch.cat(part, 1)[:, place] for part in zip(*parts, strict=True)))
+def left_out(network: Transformer, x: Tensor, y: Tensor, known: Tensor | None) -> Tensor:
+    """Normal scores (b, n) of each observation given all others, by the experts alone.
+
+    Experts say it in closed form, of the whole context solved once; what the heads would make of
+    it, and what the point told the experts' hyperparameters, is left out of account.
+    """
+    scores = []
+    for some in _some(y, y.shape[1]):
+        encoded = network.encode(x[some], y[some], None if known is None else known[some])
+        mixture = network.mixture_left_out(encoded)
+        scores.append(_normal_score(mixture, torch.zeros_like(mixture.means[..., 0])))
+    return torch.cat(scores)
 
 
-def _blocks(n: int, *, whole: bool) -> Iterator[tuple[int, int]]:
+def _blocks(n: int, growth: float) -> Iterator[tuple[int, int]]:
     """Ends of prefixes, and of what is added behind each."""
     start = 0
     while start < n:
-        stop = n if whole else min(n, start + max(1, int(GROWTH * start)))
+        stop = min(n, start + max(1, int(growth * start)))
         yield start, stop
         start = stop
+
+
+def _some(y: Tensor, points: int) -> Iterator[slice]:
+    """Tasks of y (b, ...) that are encoded at once, of so many points each."""
+    entries = CACHED if y.device.type == "cpu" else ENTRIES
+    size = max(1, entries // (1 + points) ** 2)
+    return (slice(start, start + size) for start in range(0, len(y), size))
 
 
 def predict_points(
@@ -120,12 +126,10 @@ def predict_points(
     y_query: Tensor,
     *,
     one_by_one: bool = False,
-) -> Ahead:
-    """Observations (b, m) given a context, and one by one also given those before them."""
-    size = max(1, ENTRIES // (1 + y.shape[1] + y_query.shape[1]) ** 2)
+) -> Tensor:
+    """Log density of observations (b, m) given a context, one by one also given those before."""
     parts = []
-    for start in range(0, len(y), size):
-        some = slice(start, start + size)
+    for some in _some(y, y.shape[1] + y_query.shape[1]):
         knows = None if known is None else known[some]
         encoded = network.encode(x[some], y[some], knows, FromContext())
         ask, answer = x_query[some], y_query[some]
@@ -136,9 +140,8 @@ def predict_points(
         mixture = Mixture(*(part.double() for part in network.mixture_y(final)))
         value = encoded.scaling.apply(answer).double()
         log_scale = encoded.scaling.scale.double().log().unsqueeze(1)
-        log_prob = mixture_log_prob(*mixture, value) - log_scale
-        parts.append(Ahead(log_prob, _normal_score(mixture, value)))
-    return Ahead(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        parts.append(mixture_log_prob(*mixture, value) - log_scale)
+    return torch.cat(parts)
 
 
 def _normal_score(mixture: Mixture, value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, LogNormal, MixtureSameFamily, Normal
 
 from pfn.card import ModelCard
-from pfn.conflict import LEAST_POINTS, Check, PriorDataConflict, draw_null, judge
+from pfn.conflict import LEAST_DRAWS, LEAST_POINTS, Check, PriorDataConflict, draw_null, judge
 from pfn.data import Context, check_context, check_query
 from pfn.evidence import DataSets, Evidence, log_evidence
 from pfn.network import Network
@@ -502,7 +502,8 @@ class Fitted:
 
         Args:
             x_query: (m, d) points whose distance from the context and the prior's box is told.
-            draws: data sets of the prior; the p-value is a multiple of 1 / (1 + draws).
+            draws: data sets of the prior, of which a p-value above 1/4 needs the first fifth only,
+                at least 19; it is a multiple of 1 / (1 + those drawn).
 
         Raises:
             ValueError: a batched context, fewer than 4 points or 19 draws, a model without its
@@ -515,16 +516,20 @@ class Fitted:
                 f"Expected one context of at least {LEAST_POINTS} points to check; got"
                 f" {len(observed.y)} of {n}."
             )
-        if draws < 19:
-            raise ValueError(f"Expected at least 19 draws, for a level of 5 %; got {draws}.")
+        if draws < LEAST_DRAWS:
+            raise ValueError(
+                f"Expected at least {LEAST_DRAWS} draws, for a level of 5 %; got {draws}."
+            )
         x_query = self.context.x[0, :0] if x_query is None else x_query
         x = check_query(x_query, self.context)[0].to(observed.x.device)
         generator = torch.Generator(observed.y.device).manual_seed(seed)
+
+        def draw(count: int) -> DataSets:
+            return draw_null(self.pfn, observed, self._ready.own, first, count, generator)
+
         with torch.inference_mode():
-            null = draw_null(self.pfn, observed, self._ready.own, first, draws, generator)
-            queries = self.units.map_x(x)[0]
-            names = self.context.columns
-            found = judge(self.pfn.transformer, observed, null, queries, generator, names)
+            queries, names = self.units.map_x(x)[0], self.context.columns
+            found = judge(self.pfn.transformer, observed, draw, draws, queries, generator, names)
         self._warning = found.reason if found.verdict == "conflict" else None
         return found
 

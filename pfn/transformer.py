@@ -32,6 +32,7 @@ from pfn.experts import (
     Theta,
     add,
     forecast,
+    leave_one_out,
     seen_by_each,
 )
 from pfn.network import Network
@@ -491,6 +492,20 @@ class Transformer(Network):
     def mixture_f(self, final: Final) -> Mixture:
         """Mixtures over the noise-free function, in the normalised units of `scaling`."""
         return _around(final, final.forecast.variance, self.head_f)
+
+    def mixture_left_out(self, encoded: Encoded) -> Mixture:
+        """Mixtures (b, n, e) over each observation given all others, by the experts alone.
+
+        In the same units, with the observation itself at 0.
+        """
+        solved = encoded.solved
+        white, log_stds = (
+            part.unflatten(0, (-1, self.config.components)).mT for part in leave_one_out(solved)
+        )
+        of_all = solved.log_evidence.unflatten(0, (-1, self.config.components)).mT  # (b, 1, e)
+        of_others = of_all + 0.5 * white.square() + log_stds  # but for a constant
+        log_weights = (encoded.logits + self.trust * of_others).log_softmax(-1)
+        return Mixture(log_weights, -white * log_stds.exp(), log_stds)
 
     def latent_head(self, final: Final) -> tuple[Mixture, Tensor]:
         """Mixtures over standardised latents, and logits for those that are categories."""

@@ -100,7 +100,7 @@ def test_predict_warns_of_a_conflict_once(model: pfn.PFN) -> None:
 
 
 def test_features_of_a_data_frame_are_named(model: pfn.PFN) -> None:
-    x, f, e = smooth(50, 1)
+    x, f, e = smooth(50, 2)
     table = pd.DataFrame({"depth": x.numpy()})
     fitted = model.condition((table, noise_on_the_right(x, f, e)))
     check = fitted.check()
