@@ -29,6 +29,7 @@ config = PretrainConfig(
     expert_kernels=("rbf",),
     least_refinements=3,
     fourier_octaves=6,  # the shortest period is 1/16 of the box
+    buffer_share=0.5,  # joint draws and extended contexts lean on it
     lr=5e-3,
     seconds=3300,
 )

@@ -1,13 +1,17 @@
 """The check against the prior: calibrated on its data, and with power where a person sees it."""
 
+from typing import Any
+
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
 import pfn
-from pfn.conflict import PriorDataConflict, outside_box, tail_probability
+import pfn.model
+from pfn.conflict import PriorDataConflict, draw_null, outside_box, tail_probability
 from pfn.diagnostics import ks_test
+from pfn.evidence import DataSets
 from priors import BNN, NNGP, GaussianProcess, Linear, Prior, Tasks
 
 
@@ -73,6 +77,24 @@ def test_a_tail_probability_is_a_rank_that_goes_on_beyond_the_largest() -> None:
 
 def test_smooth_data_are_consistent(model: pfn.PFN) -> None:
     assert model.condition(smooth_data(1)).check().verdict == "consistent"
+
+
+def test_what_is_clear_after_a_fifth_of_the_draws_takes_no_more(
+    model: pfn.PFN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def counted(*args: Any) -> DataSets:
+        drawn.append(args[4])
+        return draw_null(*args)
+
+    monkeypatch.setattr(pfn.model, "draw_null", counted)
+    x, f, e = smooth(20, 5)
+    assert model.condition((x, f + 0.1 * e)).check(draws=199).p_value > 0.25
+    assert drawn == [39]
+    drawn.clear()
+    assert model.condition((x, an_outlier(x, f, e))).check(draws=199).p_value < 0.05
+    assert drawn == [39, 160]
 
 
 def smooth_data(seed: int) -> tuple[Tensor, Tensor]:
