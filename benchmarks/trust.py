@@ -36,7 +36,7 @@ CHOICES: dict[str, str | Path] = {
     "Student-t": "heavy-tails",
     "linear": SMALL / "linear",
 }
-DESIGNS, NULL = 10, 199
+DESIGNS, NULL = 20, 199
 BATCH = 64  # contexts that are encoded at once
 
 app = typer.Typer(help=__doc__)
