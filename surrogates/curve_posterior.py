@@ -20,6 +20,7 @@ from surrogates.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 # normal scores at which each marginal is tabulated, and their probabilities
 SCORES = torch.linspace(-5.0, 5.0, 161, dtype=torch.float64)
@@ -81,7 +82,7 @@ class MetricPredictive(Predictive):
         """-E[log density] in nats, of the metric in its units."""
         return -(self._shares() * self.log_prob(self._table)).sum(0)
 
-    def crps(self, value: float | Tensor) -> Tensor:
+    def crps(self, value: ArrayLike | Tensor) -> Tensor:
         """E|v - value| - E|v - v'| / 2, lower is better."""
         table, weights = self._table, self._shares()
         if self.metric.sign < 0:
