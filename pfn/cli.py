@@ -88,14 +88,15 @@ def models(as_json: Json = False) -> None:
         return
     rows = []
     for card in cards:
-        gap = (card.certificate.get("gap") or {}).get("mean")
+        gap = card.certificate.get("gap")
+        unknown = "no reference" if card.certificate else "not certified"
         rows.append(
             [
                 card.name,
                 (card.prior or {}).get("prior", "your own"),
                 "{} to {}".format(*card.d_range),
                 "{} to {}".format(*card.n_range),
-                "not certified" if gap is None else f"{gap:.4f}",
+                f"{gap['mean']:.4f}" if gap else unknown,
             ]
         )
     _print_table(["name", "prior", "features", "context", "gap, nats per query"], rows)
