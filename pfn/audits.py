@@ -221,10 +221,11 @@ def joint(
         task = draw_tasks(prior, n, 1, tasks=1, queries=POINTS, seed=seed, first=i, purpose="joint")
         x, y, x_query, y_query = (part[0] for part in task)
         fitted = pfn.condition((x, y), standardize=False)
-        for latent in (False, True):
+        kinds = False, True
+        every = fitted.draw(x_query, sizes.joint_draws, kinds, seed=i)
+        for latent, paths in zip(kinds, every, strict=True):
             exact = _Joint.of(prior.posterior((x, y), x_query, latent=latent, joint=True))
             draws = exact.sample(sizes.joint_draws, _generator(seed, "joint", i))
-            paths = fitted.sample_paths(x_query, sizes.joint_draws, latent=latent, seed=i)
             pair_gap = math.nan if latent else _pair_gap(fitted, exact, x_query, y_query)
             found = exact.error_of(paths), exact.error_of(draws), pair_gap
             rows.setdefault((n, latent), []).append(found)

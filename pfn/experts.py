@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -83,6 +84,13 @@ class Solved(NamedTuple):
     pull: Tensor  # (g, n) precision times centred y
     log_variance: Tensor  # (g, 1) scaled by the context's residuals
     log_evidence: Tensor  # (g, 1) of the context, in nats
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Solved:
+        """The same with what a function makes of each part (g, ...)."""
+        theta = self.theta
+        kernel = tuple(map(function, theta.kernel))
+        theta = Theta(theta.experts, kernel, *map(function, theta[2:]))
+        return Solved(theta, *map(function, self[1:]))
 
 
 class Added(NamedTuple):

@@ -7,6 +7,7 @@ and from the network's numbers, `data.py` checks what people pass, `transformer.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from pfn.conflict import LEAST_DRAWS, LEAST_POINTS, Check, PriorDataConflict, dr
 from pfn.data import Context, check_context, check_query
 from pfn.evidence import DataSets, Evidence, log_evidence
 from pfn.network import Network
-from pfn.paths import draw_paths
+from pfn.paths import Walked, draw_paths
 from pfn.predictive import Predictive
 from pfn.transformer import Latent, Mixture, Scaling, Seen, Transformer
 from pfn.units import FromContext, Units, context_units, prior_units
@@ -269,6 +270,21 @@ class PFN:
             raise ValueError(f"Expected a positive {label}; got {given}.")
         return ((value.log() if latent.positive else value) - latent.mean) / latent.std
 
+    def known_in(self, units: Units, known: Tensor) -> Tensor:
+        """Known latents (b, latent_slots) of data whose y took other units, in these."""
+        columns, start = [], 0
+        for latent in self.card.architecture.latents:
+            stop = start + self.card.architecture.slots(latent)
+            column = known[:, start:stop]
+            if not latent.categories:
+                raw = latent.mean + latent.std * column
+                shift, scale = units.of_latent(self.card.latent_units.get(latent.name, ""), False)
+                raw = raw - scale.log() if latent.positive else (raw - shift) / scale
+                column = (raw - latent.mean) / latent.std
+            columns.append(column)
+            start = stop
+        return torch.cat(columns, 1)
+
     def latent_units(self, name: str, units: Units, per_feature: bool) -> tuple[Tensor, Tensor]:
         """Shift and scale (b, 1 or d) with data value = shift + scale * value in prior units.
 
@@ -418,6 +434,10 @@ class Fitted:
             >>> fitted.sample_paths([0.2, 0.4, 0.6], 8).shape
             torch.Size([8, 3])
         """
+        return self.draw(x_query, draws, (latent,), seed)[0]
+
+    def draw(self, x_query: Any, draws: int, kinds: tuple[bool, ...], seed: int) -> list[Tensor]:
+        """Paths as of `sample_paths`: latent ones and the observations that go with them."""
         x, dtype = check_query(x_query, self.context)
         transformer, keys = self.pfn.transformer, self._encoded.layers[0].key
         if not isinstance(transformer, Transformer):
@@ -434,23 +454,53 @@ class Fitted:
         paths = []
         with torch.inference_mode():
             for task, grid in enumerate(mapped):
-                encoded = self._encoded_task(task)
-                told = None if added is None else (added.x[task], added.y[task])
-                path = draw_paths(
-                    transformer, encoded, grid, draws, told, latent=latent, generator=generator
+                told = grid[:0, 0] if added is None else added.y[task]
+                points = grid if added is None else torch.cat([added.x[task], grid])
+                seen = self._seen(task)
+                every = draw_paths(
+                    transformer,
+                    self._walked(seen),
+                    functools.partial(self._encode_anew, seen),
+                    points,
+                    draws,
+                    told,
+                    kinds=kinds,
+                    generator=generator,
                 )
-                path = encoded.scaling.center + encoded.scaling.scale * path
-                paths.append(path.double() * y_scale[task] + y_shift[task])
-        return self._unbatch(torch.stack(paths, 1), dim=1).to(x.device, dtype)
+                paths.append([path.double() * y_scale[task] + y_shift[task] for path in every])
+        return [
+            self._unbatch(torch.stack(each, 1), dim=1).to(x.device, dtype)
+            for each in zip(*paths, strict=True)
+        ]
 
-    def _encoded_task(self, task: int) -> Any:
-        """The encoding of one task of the batch."""
-        ready = self._ready
-        if len(ready.y) == 1:
-            return self._encoded
-        some = slice(task, task + 1)
+    def _seen(self, task: int) -> Seen:
+        """The context of one task of the batch."""
+        ready, some = self._ready, slice(None) if len(self._ready.y) == 1 else slice(task, task + 1)
         known = None if ready.known is None else ready.known[some]
-        return self.pfn.transformer.encode(ready.x[some], ready.y[some], known, ready.own)
+        return ready.x[some], ready.y[some], known, ready.own
+
+    def _walked(self, seen: Seen) -> Walked:
+        alone = len(self._ready.y) == 1
+        encoded = self._encoded if alone else self.pfn.transformer.encode(*seen)
+        return Walked(*seen[:2], prior_units(*seen[:2]), encoded)
+
+    def _encode_anew(self, seen: Seen, x: Tensor, y: Tensor) -> Walked:
+        """Larger contexts (s, n, d), (s, n), in the units of the one that was seen.
+
+        Where that set the units, these set their own; but not of x where latents are known, as one
+        lengthscale for all features has no unit where their ranges differ.
+        """
+        _, _, known, own = seen
+        units = prior_units(x, y)
+        if own.y:
+            fresh = context_units(x, y)
+            units = units._replace(y_shift=fresh.y_shift, y_scale=fresh.y_scale)
+            if own.x and known is None:
+                units = fresh
+        if known is not None:
+            known = self.pfn.known_in(units, known.expand(len(y), -1))
+        encoded = self.pfn.transformer.encode(units.map_x(x), units.map_y(y), known, own)
+        return Walked(x, y, units, encoded)
 
     def log_evidence(self, *, orders: int = 4, seed: int = 0) -> Tensor:
         """log p(y | x) of the context under the prior, in nats, (): (b,) if batched.

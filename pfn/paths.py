@@ -1,94 +1,157 @@
 """Joint draws of the posterior: whole functions, not one point at a time.
 
 Each draw visits points of the query in a random order of its own and draws an observation at each
-from the predictive given all before it: by the chain rule, a joint draw of observations. The
-function is what these observations leave to be known of it: one expert, chosen by its weight given
-them, says its mean, and around the mean a draw of that expert's residual process, so that its
+from the predictive given all before it: by the chain rule, a joint draw of observations. The points
+wait in a buffer behind the context. While that is small, a buffer that grows to half its size loses
+what more points tell of the experts' hyperparameters; then the context of each draw and the points
+it has visited are encoded anew, as contexts of their own.
+
+The function is what these observations leave to be known of it: one expert, chosen by its weight
+given them, says its mean, and around the mean a draw of that expert's residual process, so that its
 variance is whole however noisy the observations are. (The mean alone, a martingale posterior, has
 the variance of the posterior less that of the posterior given the rollout.) So are observations at
 points beyond `MOST` that a draw visits.
 
-Read `rollout.py` first. Shapes: s draws, m queries, k of them visited, e experts.
+Read `rollout.py` first. Shapes: s draws, b contexts, 1 or s; n points of them, m points to draw at,
+e experts.
 
 Reference: Fong, Holmes and Walker, Martingale posterior distributions, J. R. Stat. Soc. B 85, 2023.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pfn.rollout import Rollout
 from pfn.transformer import Encoded, Mixture, Transformer
+from pfn.units import Units
 
 MOST = 128  # points that a draw visits: as many as networks are trained to add to a context
+GROWTH = 0.5  # points visited before a context is encoded anew with them, as a share of it
+LARGEST = 32  # points of a context that is encoded anew; larger ones take seconds for 500 draws
 ENTRIES = 2**26  # of the matrices of draws that walk at once: half a GiB; fewer take longer
+
+
+class Walked(NamedTuple):
+    """Contexts that draws walk behind, in the units that the first of them was given in."""
+
+    x: Tensor  # (b, n, d)
+    y: Tensor  # (b, n)
+    units: Units  # those of the prior, for the network
+    encoded: Encoded
+
+    def normalise(self, y: Tensor) -> Tensor:
+        """Values (s, j) as the network has them."""
+        return self.encoded.scaling.apply(self.units.map_y(y))
+
+    def restore(self, normalised: Tensor) -> Tensor:
+        """The inverse."""
+        center, scale = (part.unsqueeze(-1) for part in self.encoded.scaling)
+        y_shift, y_scale = self.units.y_shift.unsqueeze(-1), self.units.y_scale.unsqueeze(-1)
+        return y_shift + y_scale * (center + scale * normalised)
+
+
+Encode = Callable[[Tensor, Tensor], Walked]  # of contexts x (s, n, d), y (s, n)
 
 
 def draw_paths(
     network: Transformer,
-    encoded: Encoded,
-    grid: Tensor,
+    context: Walked,
+    encode: Encode,
+    x: Tensor,
     draws: int,
-    told: tuple[Tensor, Tensor] | None = None,
+    told: Tensor,
     *,
-    latent: bool,
+    kinds: tuple[bool, ...],
     generator: torch.Generator,
-) -> Tensor:
-    """Joint draws (s, m) at grid (m, d) behind one context, in the network's normalised units.
+) -> list[Tensor]:
+    """Joint draws (s, m) behind one context, of each kind.
 
     Args:
-        told: points (k, d), (k,) that were added behind the context, in the prior's units.
+        encode: makes of larger contexts what `context` is of the first.
+        x: (k + m, d) points, of which the first k were observed and added behind the context.
+        told: (k,) these observations.
+        kinds: True for draws of the function, False for the observations that it goes with.
     """
-    if not len(grid):
-        return grid.new_empty(draws, 0)
-    x_told, y_told = (grid[:0], grid[:0, 0]) if told is None else told
-    values = encoded.scaling.apply(y_told.unsqueeze(0))[0]
-    points = torch.cat([x_told, grid])
-    visits = len(x_told) + min(len(grid), MOST)
-    size = max(1, ENTRIES // (network.config.components * visits * len(points)))
+    k, m = len(told), len(x) - len(told)
+    if not m:
+        return [told.new_empty(draws, 0) for _ in kinds]
+    matrix = max(len(x), LARGEST) * max(k + min(m, MOST), LARGEST)
+    size = max(1, ENTRIES // (network.config.components * matrix))
     parts = []
     for start in range(0, draws, size):
-        some = min(size, draws - start)
-        order = _orders(some, len(x_told), len(grid), generator)
-        parts.append(_walk(network, encoded, points, order, values, latent, generator))
-    return torch.cat(parts)[:, len(x_told) :]
+        order = _orders(min(size, draws - start), k, m, generator)
+        walks = _walk(network, context, encode, x, order, told, kinds, generator)
+        parts.append([path[:, k:] for path in walks])
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def _orders(draws: int, told: int, m: int, generator: torch.Generator) -> Tensor:
-    """What each draw visits: the points that were told, then a random order of up to `MOST`."""
-    device = generator.device
-    shuffled = torch.rand(draws, m, generator=generator, device=device).argsort(1)[:, :MOST]
-    first = torch.arange(told, device=device).expand(draws, -1)
+    """Indices (s, k + m) of points: those that were told, then the others in a random order."""
+    shuffled = torch.rand(draws, m, generator=generator, device=generator.device).argsort(1)
+    first = torch.arange(told, device=generator.device).expand(draws, -1)
     return torch.cat([first, told + shuffled], 1)
+
+
+def _legs(n: int, told: int, visits: int) -> Iterator[tuple[int, int]]:
+    """Which of the points are visited behind one context, and which behind the next."""
+    begin, end = 0, told
+    while begin < visits:
+        end += max(1, int(GROWTH * (n + end)))
+        if n + end > LARGEST:
+            end = visits
+        yield begin, min(end, visits)
+        begin = end
 
 
 def _walk(
     network: Transformer,
-    encoded: Encoded,
-    points: Tensor,
+    first: Walked,
+    encode: Encode,
+    x: Tensor,
     order: Tensor,
     told: Tensor,
-    latent: bool,
+    kinds: tuple[bool, ...],
     generator: torch.Generator,
-) -> Tensor:
-    """Draws at all points (s, k + m), of which the first are told (k,)."""
-    walk = Rollout(network, encoded, points, order)
-    visited: list[Tensor] = []
-    for j in range(order.shape[1]):
-        final = walk.step(visited[-1] if visited else None)
-        is_told = j < len(told)
-        mixture = network.mixture_y(final)
-        visited.append(told[j].expand(len(order)) if is_told else draw(mixture, generator))
-    values = torch.stack(visited, 1)
-    if not latent and order.shape[1] == len(points):
-        return torch.empty_like(values).scatter_(1, order, values)
-    mixture_of = network.mixture_f if latent else network.mixture_y
-    parts = [_choose(mixture_of(final), generator) for final in walk.finish(visited[-1])]
-    chosen, mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
-    residual = walk.experts.residuals(chosen, noisy=not latent, generator=generator)
-    paths = mean + std * residual.to(std)
-    return paths if latent else paths.scatter(1, order, values)
+) -> list[Tensor]:
+    """Draws at all points (s, k + m), of which the first are told (k,), of each kind."""
+    s, k, context = len(order), len(told), first
+    visits = k + min(len(x) - k, MOST)
+    values = told.new_empty(s, 0)  # at the points that were visited, in order
+    for begin, end in _legs(first.y.shape[1], k, visits):
+        if begin:
+            x_all = torch.cat([first.x.expand(s, -1, -1), x[order[:, :begin]]], 1)
+            context = encode(x_all, torch.cat([first.y.expand(s, -1), values], 1))
+        some = order[:, begin:end]
+        if end == visits:  # the last may be asked for the function everywhere
+            some = torch.cat([order[:, begin:], order[:, :begin]], 1)
+        grid = context.units.map_x(x.unsqueeze(0))
+        walk = Rollout(network, context.encoded, grid, some, end - begin)
+        forced = context.normalise(told.expand(len(context.y), -1))
+        leg: list[Tensor] = []
+        for j in range(begin, end):
+            mixture = network.mixture_y(walk.step(leg[-1] if leg else None))
+            drawn = forced[:, j].expand(s) if j < k else draw(mixture, generator)
+            leg.append(drawn)
+        values = torch.cat([values, context.restore(torch.stack(leg, 1))], 1)
+    mixture_of = {True: network.mixture_f, False: network.mixture_y}
+    asked = [latent for latent in kinds if latent or visits < len(x)]
+    finals = walk.finish(leg[-1]) if asked else iter(())
+    parts = [
+        [_choose(mixture_of[latent](final), generator) for latent in asked] for final in finals
+    ]
+    paths = {False: values.new_empty(s, len(x))}
+    for latent, of_latent in zip(asked, zip(*parts, strict=True), strict=True):
+        chosen, mean, std = (torch.cat(part) for part in zip(*of_latent, strict=True))
+        residual = walk.experts.residuals(chosen, noisy=not latent, generator=generator)
+        drawn = context.restore(mean + std * residual.to(std))
+        paths[latent] = torch.empty_like(drawn).scatter_(1, some, drawn)
+    paths[False].scatter_(1, order[:, :visits], values)
+    return [paths[latent] for latent in kinds]
 
 
 def _choose(mixture: Mixture, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,19 +1,21 @@
 """Points one after the other behind a frozen context: what joint draws of a posterior are made of.
 
 By the chain rule, a joint draw asks for the predictive of one point, draws it, adds it, and asks
-for the next. Many draws walk at once, each in an order of its own. What they share, the context and
-what the experts make of it, is computed once; a step then costs each draw two tokens, the point
-that was drawn last and the one that is asked for.
+for the next. Many draws walk at once, each in an order of its own. What is known before any point
+is drawn, the context and what the experts make of it, is computed once; a step then costs each draw
+two tokens, the point that was drawn last and the one that is asked for. Draws walk behind one
+context that all share, or each behind its own.
 
 Read `transformer.py` first, whose `decode` says the same of added points that are all known, and
 `paths.py` next, which draws.
-Shapes: s draws, k points of a walk, m points of the grid, h heads, e experts, n context points, t
-tokens, w width.
+Shapes: s draws, b contexts, 1 or s; t points of a walk, the first k of them visited; m points of
+the grid; h heads, e experts, n context points, q tokens, w width.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -27,21 +29,24 @@ PIECE = 2**21  # numbers, 16 MiB: memory of larger tensors goes back to the syst
 
 
 class Rollout:
-    """Walks over points of a grid behind one context.
+    """Walks over points of a grid.
 
     Args:
-        encoded: of one context.
-        grid: (m, d), in the prior's units.
-        order: (s, k) indices of the grid, as each draw visits them.
+        encoded: of b contexts.
+        grid: (b, m, d), in the prior's units.
+        order: (s, t) indices of the grid: what each draw walks over.
+        visits: k of these, from the first on, are visited.
     """
 
-    def __init__(self, network: Transformer, encoded: Encoded, grid: Tensor, order: Tensor) -> None:
-        self._network, self._encoded, self._grid = network, encoded, grid
-        self._x = grid[order]  # (s, k, d)
-        self.experts = ExpertsWalk(encoded.solved, grid, order)
-        (s, k), heads = order.shape, network.config.heads
+    def __init__(
+        self, network: Transformer, encoded: Encoded, grid: Tensor, order: Tensor, visits: int
+    ) -> None:
+        self._network, self._encoded = network, encoded
+        self._x = _taken(grid, order)  # (s, t, d)
+        self.experts = ExpertsWalk(encoded.solved, grid, order, visits)
+        size = 2, len(order), network.config.heads, visits
         self._kept = [
-            layer.key.new_zeros(2, s, heads, k, layer.key.shape[-1]) for layer in encoded.layers
+            layer.key.new_zeros(*size, layer.key.shape[-1]) for layer in encoded.layers
         ]  # keys and values of the points that were told
 
     def step(self, y: Tensor | None = None) -> Final:
@@ -55,7 +60,7 @@ class Rollout:
         return self._ask(self._x[:, j : j + 1], self.experts.expect_next(), y, told)
 
     def finish(self, y: Tensor) -> Iterator[Final]:
-        """What becomes of the whole grid (s, m), once y (s,) was told of the last point.
+        """What becomes of all points (s, t), once y (s,) was told of the last that is visited.
 
         Returns:
             That of a few walks after the other, computed as they are asked for.
@@ -64,8 +69,8 @@ class Rollout:
         said = self.experts.expect_all()
         config = self._network.config
         return (
-            self._ask(self._grid.expand(len(y[some]), -1, -1), said.of(some), y, told, some)
-            for some in pieces(len(y), len(self._grid) * config.width * config.expansion)
+            self._ask(self._x[some], said.of(some), y, told, some)
+            for some in pieces(len(y), self._x.shape[1] * config.width * config.expansion)
         )
 
     def _ask(
@@ -76,7 +81,7 @@ class Rollout:
         told: tuple[Tensor, Tensor, Tensor] | None,
         some: slice = slice(None),
     ) -> Final:
-        """Queries (s, t, d), and before them the point that was told last, through all layers."""
+        """Queries (s, q, d), and before them the point that was told last, through all layers."""
         network, j = self._network, self.experts.told
         tokens, where = network.embed_queries(x_query, latents=False)
         to_tokens = network.experts.tell_query(said)
@@ -86,10 +91,11 @@ class Rollout:
             tokens, where = torch.cat([point, tokens], 1), place(torch.cat([x, x_query], 1))
             to_point = network.experts.tell_buffer(*told)[some]
             to_tokens = torch.cat([to_point, to_tokens], 1)
-        count = (self._encoded.num_context + j).expand(1, tokens.shape[1])
-        sharpness = network.sharpness(count)
+        count = _of(self._encoded.num_context, some) + j
+        sharpness = network.sharpness(count.unsqueeze(-1).expand(-1, tokens.shape[1]))
         layers = zip(network.blocks, self._encoded.layers, self._kept, sharpness, strict=True)
         for block, layer, kept, sharp in layers:
+            layer = EncodedLayer(*(_of(part, some) for part in layer))
             if block is network.blocks[-1]:
                 tokens = tokens + to_tokens
             normed = block.norm_attention(tokens)
@@ -103,7 +109,7 @@ class Rollout:
                 near = near.rows(1, 1 + x_query.shape[1])
             query = block.queries(normed, sharp, *near.of_query())
             tokens = block.finish(tokens, _attend(query, layer, kept[:, some, :, :j]))
-        return network.finish(tokens, said, self._encoded.logits)
+        return network.finish(tokens, said, _of(self._encoded.logits, some))
 
 
 class ExpertsWalk:
@@ -116,33 +122,38 @@ class ExpertsWalk:
     Args: those of `Rollout`.
     """
 
-    def __init__(self, solved: Solved, grid: Tensor, order: Tensor) -> None:
-        theta = solved.theta
-        place = theta.metric * inputs_of_each(theta.experts, grid.unsqueeze(0))
-        cross = correlation(theta, solved.place, place).double()  # (e, n, m)
-        left = correlation(theta, place, place).double()
-        self._left = left - cross.mT @ (solved.precision @ cross)  # (e, m, m)
-        self._mean = theta.mean + torch.bmm(solved.pull.unsqueeze(1), cross).squeeze(1)  # (e, m)
-        self._noise = theta.noise.double().squeeze(-1)  # (e,)
-        self._log_variance = solved.log_variance.squeeze(-1)  # (e,)
+    def __init__(self, solved: Solved, grid: Tensor, order: Tensor, visits: int) -> None:
         self._order = order
-        self._factor = cross.new_empty(
-            len(order), len(cross), *[order.shape[1]] * 2
-        )  # (s, e, k, k)
-        for some in self._pieces(order.shape[1]):
-            own = self._left[:, order[some].unsqueeze(-1), order[some].unsqueeze(-2)]
-            own.diagonal(dim1=-2, dim2=-1).add_(self._noise[:, None, None])
-            self._factor[some] = cholesky(own.flatten(0, 1)).view_as(own).transpose(0, 1)
-        self._white = cross.new_zeros(self._factor.shape[:-1])  # (s, e, k), over deviations
-        self._log_evidence = solved.log_evidence.squeeze(-1).expand(len(order), -1)
+        self._shared = len(grid) == 1
+        (s, t), e, k = order.shape, solved.theta.experts, visits
+        if self._shared:
+            mean, left = _given_context(solved, grid)  # (1, e, m), (1, e, m, m)
+            self._left, self._mean = left, mean[0][:, order].transpose(0, 1)  # (s, e, t)
+        else:
+            x = _taken(grid, order)
+            self._left = x.new_empty(s, e, t, t, dtype=torch.float64)
+            self._mean = self._left.new_empty(s, e, t)
+            for some in self._pieces(t):
+                of = slice(some.start * e, some.stop * e)
+                part = solved.each(operator.itemgetter(of))
+                self._mean[some], self._left[some] = _given_context(part, x[some])
+        of_each = (solved.theta.noise.double(), solved.log_variance, solved.log_evidence)
+        noise, log_variance, log_evidence = (part.view(-1, e) for part in of_each)
+        self._noise, self._log_variance = noise, log_variance  # (b, e)
+        self._log_evidence = log_evidence.expand(s, -1)
+        self._factor = self._left.new_empty(s, e, k, k)
+        for some in self._pieces(k):
+            own = self._rows(some, k)[..., :k]
+            own.diagonal(dim1=-2, dim2=-1).add_(_of(noise, some).unsqueeze(-1))
+            self._factor[some] = cholesky(own.flatten(0, 1)).view_as(own)
+        self._white = self._left.new_zeros(s, e, k)  # over deviations
         self.told = 0
 
     def expect_next(self) -> Forecast:
         """What the experts say of the next point, (s, 1, e) each."""
         j = self.told
         row = self._factor[:, :, j]
-        mean = self._mean[:, self._order[:, j]].mT
-        self._expected = mean + (row[..., :j] * self._white[..., :j]).sum(-1)
+        self._expected = self._mean[..., j] + (row[..., :j] * self._white[..., :j]).sum(-1)
         left = row[..., j].square() - self._noise
         return self._forecast(self._expected.unsqueeze(1), left.unsqueeze(1))
 
@@ -163,19 +174,19 @@ class ExpertsWalk:
         return log_variance, white, log_diagonal
 
     def expect_all(self) -> Forecast:
-        """What the experts say of the grid once all points of the walk were told, (s, m, e)."""
-        m = self._left.shape[-1]
-        mean = self._white.new_empty(len(self._order), len(self._left), m)
+        """What the experts say of all points, once those of the walk were told, (s, t, e)."""
+        mean = torch.empty_like(self._mean)
         left = torch.empty_like(mean)
-        for some in self._pieces(m):
-            rows = self._left[:, self._order[some]].transpose(0, 1)  # (s, e, k, m)
+        for some in self._pieces(mean.shape[-1]):
+            rows = self._rows(some, self._factor.shape[-1])  # (s, e, k, t)
             weights = torch.linalg.solve_triangular(self._factor[some], rows, upper=False)
-            mean[some] = self._mean + (self._white[some].unsqueeze(-2) @ weights).squeeze(-2)
-            left[some] = self._left.diagonal(dim1=-2, dim2=-1) - weights.square_().sum(-2)
+            of_white = (self._white[some].unsqueeze(-2) @ weights).squeeze(-2)
+            mean[some] = self._mean[some] + of_white
+            left[some] = self._variances(some) - weights.square_().sum(-2)
         return self._forecast(mean.mT, left.mT)
 
     def residuals(self, chosen: Tensor, *, noisy: bool, generator: torch.Generator) -> Tensor:
-        """Draws (s, m) of what the walks leave open, by one expert for each, over its deviation.
+        """Draws (s, t) of what the walks leave open, by one expert for each, over its deviation.
 
         By Matheron's rule: a draw given the context alone, less what it says at the points of the
         walk, observed with noise.
@@ -187,64 +198,128 @@ class ExpertsWalk:
         Reference: Wilson et al., Efficiently sampling functions from Gaussian process posteriors,
         ICML 2020, equation 9.
         """
-        s, m = len(chosen), self._left.shape[-1]
-        noise = self._noise[chosen].unsqueeze(-1)  # (s, 1)
+        (s, t), k = self._order.shape, self._factor.shape[-1]
+        walks = torch.arange(s, device=chosen.device)
+        noise = self._noise.expand(s, -1)[walks, chosen].unsqueeze(-1)  # (s, 1)
         z, eps, new = (
             torch.randn(s, size, dtype=torch.float64, device=chosen.device, generator=generator)
-            for size in (m, self._order.shape[1], m)
+            for size in (self._left.shape[-1], k, t)
         )
-        drawn = torch.empty_like(z)  # (s, m)
-        for expert in chosen.unique():
-            left = self._left[expert] + RIDGE * eye(self._left)
-            mine = chosen == expert
-            drawn[mine] = z[mine] @ cholesky(left.unsqueeze(0))[0].mT
-        observed = drawn.gather(1, self._order) + noise.sqrt() * eps
-        residual, left = torch.empty_like(z), self._left.diagonal(dim1=-2, dim2=-1)[chosen]
-        walks = torch.arange(s, device=chosen.device)
-        for some in self._pieces(m):
-            factor = self._factor[walks[some], chosen[some]]  # (s, k, k)
-            rows = self._left[chosen[some].unsqueeze(-1), self._order[some]]  # (s, k, m)
+        drawn = self._draw_left(chosen, z)
+        observed = drawn[:, :k] + noise.sqrt() * eps
+        residual, left = torch.empty_like(drawn), torch.empty_like(drawn)
+        for some in self._pieces(t):
+            one = chosen[some]
+            factor = self._factor[walks[some], one]  # (s, k, k)
+            rows = self._rows(some, k, one)  # (s, k, t)
             sides = torch.cat([rows, observed[some].unsqueeze(-1)], -1)
             solved = torch.linalg.solve_triangular(factor, sides, upper=False)
             weights, white = solved[..., :-1], solved[..., -1:]
             residual[some] = drawn[some] - (weights.mT @ white).squeeze(-1)
-            left[some] -= weights.square().sum(-2)
+            left[some] = self._variances(some, one) - weights.square().sum(-2)
         if noisy:
             residual, left = residual + noise.sqrt() * new, left + noise
         return residual / left.clamp_min(RIDGE).sqrt()
 
+    def _draw_left(self, chosen: Tensor, z: Tensor) -> Tensor:
+        """Draws (s, t) of one expert's function given the context, of normal z (s, m or t)."""
+        ridge = RIDGE * eye(self._left)
+        if not self._shared:
+            walks = torch.arange(len(chosen), device=chosen.device)
+            factor = cholesky(self._left[walks, chosen] + ridge)
+            return (factor @ z.unsqueeze(-1)).squeeze(-1)
+        drawn = torch.empty_like(z)
+        for expert in chosen.unique():
+            factor = cholesky((self._left[0, expert] + ridge).unsqueeze(0))[0]
+            mine = chosen == expert
+            drawn[mine] = z[mine] @ factor.mT
+        return drawn.gather(1, self._order)
+
+    def _rows(self, some: slice, k: int, chosen: Tensor | None = None) -> Tensor:
+        """Covariances (s, e, k, t) of the first k points of some walks with all; a new tensor.
+
+        Args:
+            chosen: (s,) the expert of each of these, for (s, k, t).
+        """
+        if not self._shared:
+            if chosen is None:
+                return self._left[some, :, :k].clone()
+            return self._left[some][torch.arange(len(chosen), device=chosen.device), chosen, :k]
+        order = self._order[some]
+        if chosen is None:
+            both = self._left[0][:, order[:, :k].unsqueeze(-1), order.unsqueeze(-2)]
+            return both.transpose(0, 1)
+        each = chosen[:, None, None]
+        return self._left[0][each, order[:, :k].unsqueeze(-1), order.unsqueeze(-2)]
+
+    def _variances(self, some: slice, chosen: Tensor | None = None) -> Tensor:
+        """Variances (s, e, t) at points of some walks given the context, or (s, t)."""
+        variances = self._left.diagonal(dim1=-2, dim2=-1)  # (b, e, m or t)
+        if self._shared:
+            variances = variances[0][:, self._order[some]].transpose(0, 1)
+        else:
+            variances = variances[some]
+        if chosen is None:
+            return variances
+        return variances[torch.arange(len(chosen), device=chosen.device), chosen]
+
     def _pieces(self, columns: int) -> Iterator[slice]:
         """Walks whose matrices, one for each expert, have so many columns."""
-        return pieces(len(self._order), len(self._left) * self._order.shape[1] * columns)
+        return pieces(len(self._order), self._left.shape[1] * self._order.shape[1] * columns)
 
     def _forecast(self, mean: Tensor, left: Tensor) -> Forecast:
-        """From means (s, t, e) and the shares of variance left."""
+        """From means (s, q, e) and the shares of variance left."""
         variance = self._log_variance.exp()
-        noise = (variance * self._noise).expand(len(mean), 1, -1)
+        noise = (variance * self._noise).unsqueeze(1).expand(len(mean), -1, -1)
         log_evidence = self._log_evidence.unsqueeze(1)
-        return Forecast(mean, variance * left.clamp_min(RIDGE), noise, log_evidence)
+        return Forecast(mean, variance.unsqueeze(1) * left.clamp_min(RIDGE), noise, log_evidence)
+
+
+def _given_context(solved: Solved, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (b, e, m) and relative covariances (b, e, m, m) of the experts at x (b, m, d)."""
+    theta = solved.theta
+    where = theta.metric * inputs_of_each(theta.experts, x)
+    cross = correlation(theta, solved.place, where).double()  # (g, n, m)
+    left = correlation(theta, where, where).double() - cross.mT @ (solved.precision @ cross)
+    mean = theta.mean + torch.bmm(solved.pull.unsqueeze(1), cross).squeeze(1)
+    return mean.unflatten(0, (len(x), -1)), left.unflatten(0, (len(x), -1))
 
 
 def pieces(walks: int, entries: int) -> Iterator[slice]:
     """Some of the walks after the other, that many entries each: no tensor is above `PIECE`."""
     size = max(1, PIECE // entries)
-    return (slice(i, i + size) for i in range(0, walks, size))
+    return (slice(i, min(i + size, walks)) for i in range(0, walks, size))
+
+
+def _of(part: Tensor, some: slice) -> Tensor:
+    """What some walks have of a part (b, ...) that all share or each has its own of."""
+    return part if len(part) == 1 else part[some]
+
+
+def _taken(grid: Tensor, order: Tensor) -> Tensor:
+    """Points (s, t, d) of the grid (b, m, d) in order (s, t)."""
+    if len(grid) == 1:
+        return grid[0][order]
+    return grid.gather(1, order.unsqueeze(-1).expand(-1, -1, grid.shape[-1]))
 
 
 def _attend(query: Tensor, layer: EncodedLayer, own: Tensor) -> Tensor:
-    """Attention of tokens (s, h, t, w/h) to the context that all share and to points of their own.
+    """Attention of tokens (s, h, q, w/h) to contexts (b, h, n, w/h) and to points of their own.
 
     Args:
         own: (2, s, h, j, w/h) keys and values.
     """
-    s, h, t, _ = query.shape
+    s, h, q, _ = query.shape
     n = layer.key.shape[2]
-    if t > FEW:
+    if q > FEW:
         context = (part.expand(s, -1, -1, -1) for part in (layer.key, layer.value))
         key, value = (torch.cat(two, 2) for two in zip(context, own, strict=True))
         return attend(query, key, value)
-    shared = query.transpose(0, 1).flatten(1, 2)  # (h, s t, w/h)
-    logits = (shared @ layer.key[0].mT).view(h, s, t, n).transpose(0, 1)
+    if len(layer.key) > 1 or s == 1:
+        weights = torch.cat([query @ layer.key.mT, query @ own[0].mT], -1).softmax(-1)
+        return weights[..., :n] @ layer.value + weights[..., n:] @ own[1]
+    shared = query.transpose(0, 1).flatten(1, 2)  # (h, s q, w/h)
+    logits = (shared @ layer.key[0].mT).view(h, s, q, n).transpose(0, 1)
     weights = torch.cat([logits, query @ own[0].mT], -1).softmax(-1)
     of_context = weights[..., :n].transpose(0, 1).flatten(1, 2) @ layer.value[0]
-    return of_context.view(h, s, t, -1).transpose(0, 1) + weights[..., n:] @ own[1]
+    return of_context.view(h, s, q, -1).transpose(0, 1) + weights[..., n:] @ own[1]

@@ -29,7 +29,6 @@ from pfn.experts import (
     Experts,
     Forecast,
     Solved,
-    Theta,
     add,
     forecast,
     leave_one_out,
@@ -200,11 +199,9 @@ class Encoded(NamedTuple):
             return value.repeat(times, *[1] * (value.dim() - 1))
 
         layers = [EncodedLayer(*map(repeated, layer)) for layer in self.layers]
-        theta = self.solved.theta
-        theta = Theta(theta.experts, tuple(map(repeated, theta.kernel)), *map(repeated, theta[2:]))
         return Encoded(
             layers,
-            Solved(theta, *map(repeated, self.solved[1:])),
+            self.solved.each(repeated),
             repeated(self.logits),
             repeated(self.report),
             Scaling(*map(repeated, self.scaling)),

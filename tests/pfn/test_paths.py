@@ -23,11 +23,13 @@ def a_task(model: pfn.PFN, n: int, m: int, d: int = 1, seed: int = 0) -> tuple[T
     return tasks.x, tasks.y
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize(("name", "d"), [("gp-1d", 1), ("gp", 3), ("bnn", 2)])
 @torch.no_grad()
 def test_a_walk_says_what_decode_says_of_the_same_buffer(
-    name: str, d: int, monkeypatch: pytest.MonkeyPatch
+    name: str, d: int, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Behind one context that all draws share, and where each has its own."""
     model = pfn.load(name)
     network = model.transformer
     x, y = (part.float() for part in a_task(model, 15, 10, d))
@@ -35,7 +37,10 @@ def test_a_walk_says_what_decode_says_of_the_same_buffer(
     grid, values = x[0, 15:], y[0, 15:]
     order = torch.stack([torch.randperm(10), torch.arange(10)])
     told = encoded.scaling.apply(values.unsqueeze(0))[0][order]
-    walk = Rollout(network, encoded, grid, order)
+    if alone:
+        walk = Rollout(network, encoded.repeat(2), grid.expand(2, -1, -1), order, 10)
+    else:
+        walk = Rollout(network, encoded, grid.unsqueeze(0), order, 10)
     steps = [network.mixture_y(walk.step(None if j == 0 else told[:, j - 1])) for j in range(10)]
     final = network.decode(
         encoded.repeat(2),
@@ -51,7 +56,7 @@ def test_a_walk_says_what_decode_says_of_the_same_buffer(
     everywhere = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
     final = network.decode(
         encoded.repeat(2),
-        grid.expand(2, -1, -1),
+        grid[order],
         buffer=(grid[order], values[order]),
         visible=torch.full((10,), 10),
     )
@@ -59,18 +64,24 @@ def test_a_walk_says_what_decode_says_of_the_same_buffer(
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @torch.no_grad()
-def test_residuals_have_an_experts_covariance_given_the_walk(model: pfn.PFN) -> None:
+def test_residuals_have_an_experts_covariance_given_the_walk(model: pfn.PFN, alone: bool) -> None:
     x, y = (part.float() for part in a_task(model, 8, 10))
     encoded = model.transformer.encode(x[:, :8], y[:, :8])
     generator = torch.Generator().manual_seed(1)
-    draws, order = 20_000, torch.tensor([7, 2, 5])
-    walk = ExpertsWalk(encoded.solved, x[0, 8:], order.expand(draws, -1))
-    chosen = torch.full((draws,), 4)
+    draws, visits = 20_000, 3
+    order = torch.tensor([7, 2, 5, 0, 1, 3, 4, 6, 8, 9]).expand(draws, -1)
+    left = ExpertsWalk(encoded.solved, x[:, 8:], order, visits)._left[0, 4]
+    left = left[order[0]][:, order[0]]
+    solved, grid = encoded.solved, x[:, 8:]
+    if alone:
+        solved, grid = encoded.repeat(draws).solved, grid.expand(draws, -1, -1)
+    walk = ExpertsWalk(solved, grid, order, visits)
+    chosen, noise = torch.full((draws,), 4), walk._noise[0, 4]
     residual = walk.residuals(chosen, noisy=False, generator=generator)
-    left, noise = walk._left[4], walk._noise[4]
-    inverse = torch.linalg.inv(left[order][:, order] + noise * torch.eye(3))
-    covariance = left - left[:, order] @ inverse @ left[order]
+    inverse = torch.linalg.inv(left[:visits, :visits] + noise * torch.eye(visits))
+    covariance = left - left[:, :visits] @ inverse @ left[:visits]
     std = covariance.diagonal().sqrt()
     # standard errors of correlations are at most 1 / sqrt(draws) = 0.007
     correlation = covariance / std / std.unsqueeze(-1)
@@ -91,10 +102,13 @@ def covariance_of(posterior: Distribution) -> Tensor:
 
 
 @pytest.mark.parametrize("latent", [False, True])
-def test_joint_draws_have_the_exact_posteriors_covariance(model: pfn.PFN, latent: bool) -> None:
+@pytest.mark.parametrize("n", [6, 30])
+def test_joint_draws_have_the_exact_posteriors_covariance(
+    model: pfn.PFN, n: int, latent: bool
+) -> None:
     errors = []
     for seed in range(5):
-        x, y = a_task(model, 30, 0, seed=seed)
+        x, y = a_task(model, n, 0, seed=seed)
         context = x[0], y[0]
         exact = covariance_of(model.prior.posterior(context, GRID, latent=latent, joint=True))
         fitted = model.condition(context, standardize=False)
@@ -112,6 +126,34 @@ def test_draws_of_the_function_have_the_variance_of_its_predictive(model: pfn.PF
     error = (paths.mean(0) - predictive.mean).abs() / predictive.stddev
     assert float(error.max()) < 0.2  # 0.03 by chance, and what coherence lacks
     assert float((paths.var(0) / predictive.variance).log().abs().mean()) < 0.2
+
+
+@pytest.mark.parametrize("given", [None, {"noise": 0.09}])
+@pytest.mark.parametrize("bounds", [None, [[-2.0], [8.0]]])
+def test_small_contexts_that_grow_stay_in_their_units(
+    model: pfn.PFN, given: dict[str, float] | None, bounds: list[list[float]] | None
+) -> None:
+    """Marginals of the draws are the predictive's, where draws' contexts are encoded anew."""
+    x, y = a_task(model, 7, 0, seed=5)
+    context = (6 * x[0], 50 + 3 * y[0])
+    given = None if given is None else {"noise": 9 * given["noise"]}
+    fitted = model.condition(context, given=given, bounds=bounds)
+    query = torch.linspace(0, 6, 12, dtype=torch.float64)
+    paths = fitted.sample_paths(query, 1000)
+    predictive = fitted.predict(query)
+    error = (paths.mean(0) - predictive.mean).abs() / predictive.stddev
+    assert float(error.max()) < 0.25  # 0.09 by chance, and what coherence lacks
+    assert float((paths.var(0) / predictive.variance).log().abs().mean()) < 0.25
+
+
+def test_observations_are_those_of_the_function_drawn_with_them(model: pfn.PFN) -> None:
+    x, y = a_task(model, 30, 0, seed=1)
+    fitted = model.condition((x[0], y[0]), standardize=False)
+    observed, function = fitted.draw(GRID, 500, (False, True), seed=0)
+    assert torch.equal(observed, fitted.sample_paths(GRID, 500))
+    both = torch.corrcoef(torch.stack([observed[:, 5], function[:, 5]]))
+    exact = fitted.predict(GRID[5:6], latent=True).variance / fitted.predict(GRID[5:6]).variance
+    assert float(both[0, 1]) == pytest.approx(float(exact.sqrt()), abs=0.15)
 
 
 def test_functions_are_smoother_than_observations(model: pfn.PFN) -> None:
