@@ -1,10 +1,12 @@
 """Joint draws of the posterior: whole functions, not one point at a time.
 
-Each draw visits points of the query in a random order of its own and draws an observation at each
-from the predictive given all before it: by the chain rule, a joint draw of observations. The points
-wait in a buffer behind the context. While that is small, a buffer that grows to half its size loses
-what more points tell of the experts' hyperparameters; then the context of each draw and the points
-it has visited are encoded anew, as contexts of their own.
+Each draw visits points of the query in a random order of its own and draws observations from the
+predictive given all before: by the chain rule, a joint draw of observations. Where points are few
+beside those known, some are drawn together, as one expert sees them, in a fraction of the time and
+without a loss of accuracy that could be measured. They wait in a buffer behind the context. While
+that is small, a buffer that grows to half its size misses what more points tell of the experts'
+hyperparameters; then the context of each draw and the points it has visited are encoded anew, as
+contexts of their own.
 
 The function is what these observations leave to be known of it: one expert, chosen by its weight
 given them, says its mean, and around the mean a draw of that expert's residual process, so that its
@@ -30,6 +32,7 @@ from pfn.rollout import Rollout
 from pfn.transformer import Encoded, Mixture, Transformer
 from pfn.units import Units
 
+BLOCK = 8  # points are drawn together that are less than this part of those known
 MOST = 128  # points that a draw visits: as many as networks are trained to add to a context
 GROWTH = 0.5  # points visited before a context is encoded anew with them, as a share of it
 LARGEST = 32  # points of a context that is encoded anew; larger ones take seconds for 500 draws
@@ -108,6 +111,15 @@ def _legs(n: int, told: int, visits: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
+def _blocks(n: int, begin: int, end: int, told: int) -> Iterator[tuple[int, int]]:
+    """Points that are drawn together, behind n of a context: first of them, and how many."""
+    while begin < end:
+        count = told - begin if begin < told else max(1, (n + begin) // BLOCK)
+        count = min(count, end - begin)
+        yield begin, count
+        begin += count
+
+
 def _walk(
     network: Transformer,
     first: Walked,
@@ -133,11 +145,15 @@ def _walk(
         walk = Rollout(network, context.encoded, grid, some, end - begin)
         forced = context.normalise(told.expand(len(context.y), -1))
         leg: list[Tensor] = []
-        for j in range(begin, end):
-            mixture = network.mixture_y(walk.step(leg[-1] if leg else None))
-            drawn = forced[:, j].expand(s) if j < k else draw(mixture, generator)
-            leg.append(drawn)
-        values = torch.cat([values, context.restore(torch.stack(leg, 1))], 1)
+        for j, count in _blocks(first.y.shape[1], begin, end, k):
+            final = walk.step(count, leg[-1] if leg else None)
+            if j < k:
+                leg.append(forced.expand(s, -1))
+                continue
+            expert, mean, std = _choose(network.mixture_y(final), generator)
+            noise = walk.experts.noise_of_next(expert, count, generator)
+            leg.append(mean + std * noise.to(std))
+        values = torch.cat([values, context.restore(torch.cat(leg, 1))], 1)
     mixture_of = {True: network.mixture_f, False: network.mixture_y}
     asked = [latent for latent in kinds if latent or visits < len(x)]
     finals = walk.finish(leg[-1]) if asked else iter(())
@@ -155,18 +171,15 @@ def _walk(
 
 
 def _choose(mixture: Mixture, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """One component for all of a walk's points (s,), and its means and deviations (s, m)."""
+    """An expert for each walk (s,), and means and deviations (s, m) of mixtures at its points.
+
+    One level decides for all points, so that they have the same component where it is as likely.
+    """
     log_weights, means, log_stds = mixture
-    chosen = torch.multinomial(log_weights.exp().mean(1), 1, generator=generator)  # (s, 1)
-    index = chosen.unsqueeze(1).expand(-1, means.shape[1], -1)
+    below = log_weights.exp().cumsum(-1)  # (s, m, e)
+    level = torch.rand(len(below), 1, 1, generator=generator, device=below.device)
+    last = below.shape[-1] - 1
+    index = (below < level).sum(-1, keepdim=True).clamp_max(last)
+    expert = (below.mean(1) < level[:, 0]).sum(-1).clamp_max(last)
     mean, log_std = (part.gather(2, index).squeeze(2) for part in (means, log_stds))
-    return chosen.squeeze(1), mean, log_std.exp()
-
-
-def draw(mixture: Mixture, generator: torch.Generator) -> Tensor:
-    """One draw (s,) of mixtures (s, 1, e)."""
-    log_weights, means, log_stds = (part.squeeze(1) for part in mixture)
-    component = torch.multinomial(log_weights.exp(), 1, generator=generator)
-    mean, std = (part.gather(1, component).squeeze(1) for part in (means, log_stds.exp()))
-    normal = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
-    return mean + std * normal
+    return expert, mean, log_std.exp()

@@ -49,18 +49,19 @@ class Rollout:
             layer.key.new_zeros(*size, layer.key.shape[-1]) for layer in encoded.layers
         ]  # keys and values of the points that were told
 
-    def step(self, y: Tensor | None = None) -> Final:
-        """What becomes of the next point (s, 1) as a query.
+    def step(self, count: int, y: Tensor | None = None) -> Final:
+        """What becomes of the next points (s, count) as queries, none of which sees another.
 
         Args:
-            y: (s,) values of the point before, in the network's normalised units; None at first.
+            y: (s, c) values of the points asked for before, in the network's normalised units;
+                None at first.
         """
         told = None if y is None else self.experts.tell(y)
         j = self.experts.told
-        return self._ask(self._x[:, j : j + 1], self.experts.expect_next(), y, told)
+        return self._ask(self._x[:, j : j + count], self.experts.expect_next(count), y, told)
 
     def finish(self, y: Tensor) -> Iterator[Final]:
-        """What becomes of all points (s, t), once y (s,) was told of the last that is visited.
+        """What becomes of all points (s, t), once y (s, c) was told of the last that are visited.
 
         Returns:
             That of a few walks after the other, computed as they are asked for.
@@ -81,18 +82,22 @@ class Rollout:
         told: tuple[Tensor, Tensor, Tensor] | None,
         some: slice = slice(None),
     ) -> Final:
-        """Queries (s, q, d), and before them the point that was told last, through all layers."""
+        """Queries (s, q, d), and before them the c points told last, through all layers."""
         network, j = self._network, self.experts.told
         tokens, where = network.embed_queries(x_query, latents=False)
         to_tokens = network.experts.tell_query(said)
+        sees = torch.full((x_query.shape[1],), j, device=x_query.device)
+        c = 0
         if y is not None and told is not None:
-            x = self._x[some, j - 1 : j]
-            point = network.embed_points(x, y[some].unsqueeze(-1)) + network.embed_buffer
-            tokens, where = torch.cat([point, tokens], 1), place(torch.cat([x, x_query], 1))
-            to_point = network.experts.tell_buffer(*told)[some]
-            to_tokens = torch.cat([to_point, to_tokens], 1)
-        count = _of(self._encoded.num_context, some) + j
-        sharpness = network.sharpness(count.unsqueeze(-1).expand(-1, tokens.shape[1]))
+            c = y.shape[1]
+            x = self._x[some, j - c : j]
+            points = network.embed_points(x, y[some]) + network.embed_buffer
+            tokens, where = torch.cat([points, tokens], 1), place(torch.cat([x, x_query], 1))
+            to_points = network.experts.tell_buffer(*told)[some]
+            to_tokens = torch.cat([to_points, to_tokens], 1)
+            sees = torch.cat([torch.arange(j - c + 1, j + 1, device=sees.device), sees])
+        sharpness = network.sharpness(_of(self._encoded.num_context, some).unsqueeze(-1) + sees)
+        mask = sees if c > 1 else None
         layers = zip(network.blocks, self._encoded.layers, self._kept, sharpness, strict=True)
         for block, layer, kept, sharp in layers:
             layer = EncodedLayer(*(_of(part, some) for part in layer))
@@ -100,15 +105,15 @@ class Rollout:
                 tokens = tokens + to_tokens
             normed = block.norm_attention(tokens)
             near = where.near(layer.metric)
-            if y is not None:
-                own = block.keys_values(normed[:, :1].contiguous(), *near.rows(0, 1).of_key())
+            if c:
+                own = block.keys_values(normed[:, :c].contiguous(), *near.rows(0, c).of_key())
                 for part, value in zip(kept, own, strict=True):
-                    part[some, :, j - 1 : j] = value
-            if block is network.blocks[-1] and y is not None:  # nothing reads the point after it
-                tokens, normed, sharp = tokens[:, 1:], normed[:, 1:], sharp[..., 1:, :]
-                near = near.rows(1, 1 + x_query.shape[1])
+                    part[some, :, j - c : j] = value
+            if block is network.blocks[-1] and c:  # nothing reads the points after it
+                tokens, normed, sharp = tokens[:, c:], normed[:, c:], sharp[..., c:, :]
+                near, mask = near.rows(c, c + x_query.shape[1]), None
             query = block.queries(normed, sharp, *near.of_query())
-            tokens = block.finish(tokens, _attend(query, layer, kept[:, some, :, :j]))
+            tokens = block.finish(tokens, _attend(query, layer, kept[:, some, :, :j], mask))
         return network.finish(tokens, said, _of(self._encoded.logits, some))
 
 
@@ -149,29 +154,42 @@ class ExpertsWalk:
         self._white = self._left.new_zeros(s, e, k)  # over deviations
         self.told = 0
 
-    def expect_next(self) -> Forecast:
-        """What the experts say of the next point, (s, 1, e) each."""
+    def expect_next(self, count: int) -> Forecast:
+        """What the experts say of the next points, (s, count, e) each."""
         j = self.told
-        row = self._factor[:, :, j]
-        self._expected = self._mean[..., j] + (row[..., :j] * self._white[..., :j]).sum(-1)
-        left = row[..., j].square() - self._noise
-        return self._forecast(self._expected.unsqueeze(1), left.unsqueeze(1))
+        rows = self._factor[:, :, j : j + count]  # (s, e, count, k)
+        said = (rows[..., :j] @ self._white[..., :j].unsqueeze(-1)).squeeze(-1)
+        self._expected = self._mean[..., j : j + count] + said
+        left = rows[..., j : j + count].square().sum(-1) - self._noise.unsqueeze(-1)
+        return self._forecast(self._expected.mT, left.mT)
 
     def tell(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Takes values (s,) of the point asked for last, and gives what `tell_buffer` takes."""
-        j = self.told
-        deviation = self._factor[:, :, j, j]
-        white = (y.double().unsqueeze(-1) - self._expected) / deviation
-        self._white[..., j] = white
-        square = white.square() * (-self._log_variance).exp()
-        surprise = 0.5 * (square + self._log_variance + math.log(2 * math.pi)) + deviation.log()
-        self._log_evidence = self._log_evidence - surprise
-        self.told = j + 1
-        log_variance, white, log_diagonal = (
-            part.flatten().unsqueeze(-1)
-            for part in (self._log_variance.expand_as(white), white, deviation.log())
-        )
-        return log_variance, white, log_diagonal
+        """Takes values (s, c) of the points asked for last, and gives what `tell_buffer` takes."""
+        j, told = self.told, self.told + y.shape[1]
+        factor = self._factor[:, :, j:told, j:told]
+        residual = y.double().unsqueeze(1) - self._expected
+        white = torch.linalg.solve_triangular(factor, residual.unsqueeze(-1), upper=False)
+        self._white[..., j:told] = white = white.squeeze(-1)
+        log_variance = self._log_variance.unsqueeze(-1)
+        log_diagonal = factor.diagonal(dim1=-2, dim2=-1).log()
+        square = white.square() * (-log_variance).exp()
+        surprise = 0.5 * (square + log_variance + math.log(2 * math.pi)) + log_diagonal
+        self._log_evidence = self._log_evidence - surprise.sum(-1)
+        self.told = told
+        each = log_variance.expand(*white.shape[:2], 1), white, log_diagonal
+        return each[0].flatten(0, 1), each[1].flatten(0, 1), each[2].flatten(0, 1)
+
+    def noise_of_next(self, chosen: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draws (s, count) of what one expert for each walk leaves open of the next observations.
+
+        Args:
+            chosen: (s,) experts.
+        """
+        walks, j = torch.arange(len(chosen), device=chosen.device), self.told
+        factor = self._factor[walks, chosen, j : j + count, j : j + count]
+        size = *factor.shape[:2], 1
+        z = torch.randn(size, dtype=factor.dtype, device=factor.device, generator=generator)
+        return (factor @ z).squeeze(-1) / factor.square().sum(-1).sqrt()
 
     def expect_all(self) -> Forecast:
         """What the experts say of all points, once those of the walk were told, (s, t, e)."""
@@ -303,18 +321,22 @@ def _taken(grid: Tensor, order: Tensor) -> Tensor:
     return grid.gather(1, order.unsqueeze(-1).expand(-1, -1, grid.shape[-1]))
 
 
-def _attend(query: Tensor, layer: EncodedLayer, own: Tensor) -> Tensor:
+def _attend(query: Tensor, layer: EncodedLayer, own: Tensor, sees: Tensor | None) -> Tensor:
     """Attention of tokens (s, h, q, w/h) to contexts (b, h, n, w/h) and to points of their own.
 
     Args:
         own: (2, s, h, j, w/h) keys and values.
+        sees: (q,) how many of these each token sees; all of them where None.
     """
     s, h, q, _ = query.shape
-    n = layer.key.shape[2]
+    n, j = layer.key.shape[2], own.shape[3]
     if q > FEW:
         context = (part.expand(s, -1, -1, -1) for part in (layer.key, layer.value))
         key, value = (torch.cat(two, 2) for two in zip(context, own, strict=True))
-        return attend(query, key, value)
+        if sees is None:
+            return attend(query, key, value)
+        order = torch.arange(n + j, device=sees.device)
+        return attend(query, key, value, order < n + sees.unsqueeze(-1))
     if len(layer.key) > 1 or s == 1:
         weights = torch.cat([query @ layer.key.mT, query @ own[0].mT], -1).softmax(-1)
         return weights[..., :n] @ layer.value + weights[..., n:] @ own[1]

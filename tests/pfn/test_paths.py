@@ -1,5 +1,7 @@
 """Joint draws: a walk is the network's own buffer, and draws have the posterior's covariance."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,17 +43,23 @@ def test_a_walk_says_what_decode_says_of_the_same_buffer(
         walk = Rollout(network, encoded.repeat(2), grid.expand(2, -1, -1), order, 10)
     else:
         walk = Rollout(network, encoded, grid.unsqueeze(0), order, 10)
-    steps = [network.mixture_y(walk.step(None if j == 0 else told[:, j - 1])) for j in range(10)]
+    ends = torch.tensor([0, 1, 2, 4, 7, 10])  # points are asked for one by one, then together
+    blocks = list(itertools.pairwise(ends.tolist()))
+    steps = [walk.step(1)] + [
+        walk.step(end - begin, told[:, before:begin])
+        for (before, begin), (_, end) in itertools.pairwise(blocks)
+    ]
+    steps = [network.mixture_y(final) for final in steps]
     final = network.decode(
         encoded.repeat(2),
         grid[order],
         buffer=(grid[order], values[order]),
-        visible=torch.arange(10),
+        visible=ends[:-1].repeat_interleave(ends.diff()),
     )
     for ours, theirs in zip(zip(*steps, strict=True), network.mixture_y(final), strict=True):
         torch.testing.assert_close(torch.cat(ours, 1), theirs, atol=2e-5, rtol=2e-5)
     monkeypatch.setattr("pfn.rollout.PIECE", 1)  # one walk after the other
-    pieces = [network.mixture_f(final) for final in walk.finish(told[:, -1])]
+    pieces = [network.mixture_f(final) for final in walk.finish(told[:, 7:])]
     assert len(pieces) == 2
     everywhere = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
     final = network.decode(
