@@ -26,7 +26,7 @@ from pfn.transformer import Latent, TransformerConfig
 FORMAT = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelCard:
     """What a checkpoint says of itself; `card.json` holds exactly these fields.
 
@@ -46,6 +46,11 @@ class ModelCard:
     card_sha256: str = ""  # of this card as JSON, with this field empty
     library: str = ""
     format: int = FORMAT
+
+    def __repr__(self) -> str:
+        what = "certified" if self.certificate else "not certified"
+        low, high = self.d_range
+        return f"ModelCard({self.name!r}, d = {low}..{high}, n = 0..{self.max_context}, {what})"
 
     @property
     def d_range(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Everything behind this module may assume float64 tensors of matching shapes with
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -88,3 +89,15 @@ def check_query(x_query: Any, context: Context) -> tuple[Tensor, torch.dtype]:
         )
     check_finite(x, "query x")
     return (x if context.batched else x.unsqueeze(0)).double(), dtype
+
+
+def check_count(value: Any, least: int, label: str) -> int:
+    """A whole number of at least so many.
+
+    Raises:
+        ValueError: for another, or what is none; `label` names its unit: "draw".
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        unit = label if least == 1 else f"{label}s"
+        raise ValueError(f"Expected at least {least} {unit}, a whole number; got {value!r}.")
+    return int(value)

@@ -179,6 +179,8 @@ def interval_coverage(
     if pit.ndim != 2 or len(pit) < 2:
         raise ValueError(f"Expected pit (task, query) of at least 2 tasks; got {tuple(pit.shape)}.")
     _check_unit(pit)
+    if not all(0 < mass < 1 for mass in masses):
+        raise ValueError(f"Expected masses in (0, 1), 0.9 for 90 %; got {tuple(masses)}.")
     coverages = []
     for mass in masses:
         per_task = ((pit - 0.5).abs() <= mass / 2).double().mean(1)
@@ -341,4 +343,5 @@ def _check_sample(values: Tensor) -> int:
 
 def _check_unit(values: Tensor) -> None:
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(f"Expected values in [0, 1]; got {values.aminmax()}.")
+        low, high = (float(end) for end in values.aminmax())
+        raise ValueError(f"Expected values in [0, 1]; got some from {low:g} to {high:g}.")

@@ -169,8 +169,14 @@ def compare(
         raise ValueError(f"Expected a list of models to compare; got {models!r}.")
     n, d = checked.x.shape[1:]
     chosen = _comparable(n, d, given or {}) if models is None else models
+    if models is None and not chosen:
+        raise ValueError(
+            f"Expected as many points, features and given latents as a shipped model was trained"
+            f" for, at most {_most_features()} features; got n = {n}, d = {d} and given"
+            f" {sorted(given or {})}."
+        )
     if not len(chosen):
-        raise ValueError(f"Expected models to compare; got none, for n = {n}, d = {d}.")
+        raise ValueError("Expected models to compare; got an empty list.")
     fitted = [
         choose(each, d).condition(context, given=given, standardize=standardize, bounds=bounds)
         for each in chosen
@@ -195,10 +201,15 @@ def _automatic(d: int) -> str:
     for name in AUTOMATIC:
         if name in cards and d <= cards[name].architecture.max_features:
             return name
-    limits = {name: card.architecture.max_features for name, card in cards.items()}
     raise ValueError(
-        f"Expected as many features as a shipped model has at most, {limits}; got {d}."
+        f"Expected as many features as a shipped model has at most, {_most_features()}; got {d}."
     )
+
+
+def _most_features() -> dict[str, int]:
+    """Of each shipped model for points in any order."""
+    cards = [card for card in models() if not card.architecture.causal]
+    return {card.name: card.architecture.max_features for card in cards}
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ from torch.distributions import Categorical, Distribution, LogNormal, MixtureSam
 
 from pfn.card import ModelCard
 from pfn.conflict import LEAST_DRAWS, LEAST_POINTS, Check, PriorDataConflict, draw_null, judge
-from pfn.data import Context, check_context, check_query
+from pfn.data import Context, check_context, check_count, check_query
 from pfn.evidence import DataSets, Evidence, log_evidence
 from pfn.network import Network
 from pfn.paths import Walked, draw_paths
@@ -169,11 +169,14 @@ class PFN:
                 _check_bounds(bounds, d).to(checked.x).expand(len(checked.x), 2, d).unbind(1)
             )
             units = units._replace(x_shift=low, x_scale=high - low)
+        mapped = units.map_x(checked.x)
+        if bounds is not None:
+            _warn_outside(mapped.detach())
         known = self.read_given(given, units, d)
         return Ready(
             checked,
             units,
-            units.map_x(checked.x).to(parameter.dtype),
+            mapped.to(parameter.dtype),
             units.map_y(checked.y).to(parameter.dtype),
             None if known is None else known.to(parameter),
             FromContext(standardize and n > 0 and bounds is None, standardize and n > 0),
@@ -253,7 +256,10 @@ class PFN:
         """A known latent (b, 1 or d) as the network takes it: prior units, logarithm, z-score."""
         label, width = f"given {latent.name}", d if latent.per_feature else 1
         value = to_tensor(given, label).to(units.y_scale)
-        check_finite(value, label)
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"Expected finite {label}; got {given}. Leave out a latent that is not known."
+            )
         shape = tuple(value.shape)
         try:
             value = value.reshape(-1, width) if value.ndim else value
@@ -445,8 +451,7 @@ class Fitted:
                 f"Expected a model of points in any order; {self.pfn.card.name!r} reads curves,"
                 " whose joint draws are those of surrogates.extrapolate."
             )
-        if draws < 1:
-            raise ValueError(f"Expected at least 1 draw; got draws={draws}.")
+        draws = check_count(draws, 1, "draw")
         mapped = self.units.map_x(x.to(keys.device)).to(keys.dtype)
         generator = torch.Generator(keys.device).manual_seed(seed)
         added, units = self._added, self.units
@@ -520,8 +525,7 @@ class Fitted:
         return self._evidence(orders, seed).error.clone()
 
     def _evidence(self, orders: int, seed: int) -> Evidence:
-        if orders < 1:
-            raise ValueError(f"Expected at least 1 order; got orders={orders}.")
+        orders = check_count(orders, 1, "order")
         if (orders, seed) not in self._evidences:
             data = self._every_point()
             generator = torch.Generator(data.y.device).manual_seed(seed)
@@ -563,13 +567,12 @@ class Fitted:
         n = observed.y.shape[1]
         if self.context.batched or n < LEAST_POINTS:
             raise ValueError(
-                f"Expected one context of at least {LEAST_POINTS} points to check; got"
-                f" {len(observed.y)} of {n}."
+                f"Expected one context of at least {LEAST_POINTS} points to check; got a batch of"
+                f" {len(observed.y)} of {n} points. Check batched tasks one by one."
+                if self.context.batched
+                else f"Expected a context of at least {LEAST_POINTS} points to check; got {n}."
             )
-        if draws < LEAST_DRAWS:
-            raise ValueError(
-                f"Expected at least {LEAST_DRAWS} draws, for a level of 5 %; got {draws}."
-            )
+        draws = check_count(draws, LEAST_DRAWS, "draw")
         x_query = self.context.x[0, :0] if x_query is None else x_query
         x = check_query(x_query, self.context)[0].to(observed.x.device)
         generator = torch.Generator(observed.y.device).manual_seed(seed)
@@ -699,3 +702,14 @@ def _check_bounds(bounds: Any, d: int) -> Tensor:
             f" d = {d}; got {tensor.tolist() if tensor.numel() <= 8 else tuple(tensor.shape)}."
         )
     return tensor
+
+
+def _warn_outside(x: Tensor) -> None:
+    """Warns of context rows x (b, n, d), in units of the bounds, that are beyond these."""
+    outside = int(((x - x.clamp(0, 1)).abs() > 1e-6).any(-1).sum())
+    if outside:
+        warnings.warn(
+            f"{outside} of {x.shape[:2].numel()} context rows are outside the bounds. Are both in"
+            " the same units?",
+            stacklevel=4,
+        )

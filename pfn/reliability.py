@@ -170,4 +170,4 @@ def _summary(axis: Axes, lines: list[tuple[str, str]]) -> None:
 
 
 def _units(item: Mapping[str, Any]) -> str:
-    return "standardised" if item["standardize"] else "in the prior's units"
+    return "standardized" if item["standardize"] else "in the prior's units"

@@ -92,6 +92,7 @@ def test_a_certificate_is_added_to_a_card_by_writing_it_again(folder: Path) -> N
 def test_a_card_says_what_it_was_trained_for(saved: Path) -> None:
     card = read_card(saved)
     assert card.d_range == (1, 2) and card.n_range == (0, 64)
+    assert repr(card).startswith(f"ModelCard({card.name!r}, d = 1..2, n = 0..64, ")
 
 
 @pytest.mark.parametrize("name", ["card.json", "model.safetensors"])

@@ -199,10 +199,10 @@ def test_a_check_after_points_were_added_keeps_the_units_of_the_context(model: p
 
 
 def test_bad_requests(model: pfn.PFN) -> None:
-    with pytest.raises(ValueError, match="at least 4 points to check; got 1 of 3"):
+    with pytest.raises(ValueError, match="at least 4 points to check; got 3"):
         model.condition(([0.1, 0.2, 0.3], [0.0, 1.0, 2.0])).check()
     for b in (1, 2):
-        with pytest.raises(ValueError, match=f"got {b} of 5"):
+        with pytest.raises(ValueError, match=f"got a batch of {b} of 5 points"):
             model.condition((torch.rand(b, 5, 1), torch.rand(b, 5))).check()
     fitted = model.condition((torch.rand(9), torch.rand(9)))
     with pytest.raises(ValueError, match="at least 19 draws"):

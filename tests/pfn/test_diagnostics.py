@@ -393,3 +393,10 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
 def test_coverage_needs_several_tasks() -> None:
     with pytest.raises(ValueError, match="at least 2 tasks"):
         interval_coverage(torch.rand(1, 5))
+
+
+def test_values_and_masses_are_probabilities() -> None:
+    with pytest.raises(ValueError, match=r"values in \[0, 1\]; got some from 0.5 to 2"):
+        interval_coverage(torch.tensor([[0.5], [2.0]]))
+    with pytest.raises(ValueError, match=r"masses in \(0, 1\), 0.9 for 90 %; got \(90,\)"):
+        interval_coverage(torch.rand(4, 5), [90])

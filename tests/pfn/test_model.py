@@ -214,6 +214,14 @@ def test_bounds_replace_the_range_of_x() -> None:
     assert_same(MODEL.predict((x, y), x_query, bounds=pd.DataFrame([[-4, -5], [6, 5]])), inside)
 
 
+def test_rows_outside_the_bounds_are_told_of() -> None:
+    x, y = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0.0, 1.0, 0.3])
+    with pytest.warns(UserWarning, match="1 of 3 context rows are outside the bounds") as caught:
+        MODEL.predict((x, y), x, bounds=[[0.0], [2.0]])
+    assert caught[0].filename == __file__
+    MODEL.predict((x, y), x, bounds=[[0.0], [5.0]])
+
+
 @pytest.mark.parametrize(
     "bounds",
     [
@@ -475,7 +483,8 @@ def test_a_batch_takes_one_value_for_all_or_one_per_task() -> None:
         (0.1, "given as a dict.*0.1"),
         ({"noise": -0.1}, "positive given noise; got -0.1"),
         ({"noise": 0.0}, "positive given noise"),
-        ({"noise": math.nan}, "finite given noise"),
+        ({"noise": math.nan}, "finite given noise; got nan. Leave out"),
+        ({"noise": None}, "finite given noise; got None"),
         ({"noise": "low"}, "given noise with numbers"),
         ({"noise": [0.1, 0.2]}, r"given noise as a number; got shape \(2,\)"),
         ({"lengthscale": [1.0, 2.0, 3.0]}, r"given lengthscale.*2 numbers.*got shape \(3,\)"),

@@ -233,8 +233,9 @@ def test_no_queries_have_empty_paths(model: pfn.PFN) -> None:
 
 def test_bad_requests(model: pfn.PFN) -> None:
     fitted = model.condition(([0.1, 0.5, 0.9], [0.0, 1.0, 0.3]))
-    with pytest.raises(ValueError, match="at least 1 draw; got draws=0"):
-        fitted.sample_paths([0.2], 0)
+    for draws in (0, 2.5, None, True):
+        with pytest.raises(ValueError, match=f"at least 1 draw, a whole number; got {draws}"):
+            fitted.sample_paths([0.2], draws)
     with pytest.raises(ValueError, match="query"):
         fitted.sample_paths(torch.rand(4, 2))
     curves = pfn.load("curves").condition(([0.1, 0.2], [0.3, 0.4]), standardize=False)
