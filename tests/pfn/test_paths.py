@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import pfn
-from pfn.paths import MOST
+from pfn.paths import BLOCK, LARGEST, MOST, _blocks, _legs
 from pfn.rollout import ExpertsWalk, Rollout
+from pfn.units import context_units, prior_units
 
 GRID = torch.linspace(0.02, 0.98, 12, dtype=torch.float64)
 
@@ -152,6 +153,34 @@ def test_small_contexts_that_grow_stay_in_their_units(
     error = (paths.mean(0) - predictive.mean).abs() / predictive.stddev
     assert float(error.max()) < 0.25  # 0.09 by chance, and what coherence lacks
     assert float((paths.var(0) / predictive.variance).log().abs().mean()) < 0.25
+
+
+def test_known_latents_follow_their_data_into_other_units() -> None:
+    model = pfn.load("gp-1d")
+    x, y = a_task(model, 9, 0, seed=2)
+    given = {"noise": 0.05, "outputscale": 1.3}
+    whole, inner = context_units(x, 4 + 3 * y), prior_units(x, y)
+    inner = inner._replace(y_shift=inner.y_shift + 0.7, y_scale=inner.y_scale * 2.5)
+    both = whole._replace(y_shift=whole.y_shift + 0.7, y_scale=whole.y_scale * 2.5)
+    known, expected = (model.read_given(given, units, 1) for units in (whole, both))
+    assert known is not None
+    assert expected is not None
+    torch.testing.assert_close(model.known_in(inner, known), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(("n", "told", "visits"), [(0, 0, 40), (5, 0, 12), (18, 3, 90), (60, 0, 9)])
+def test_legs_and_blocks_visit_each_point_once(n: int, told: int, visits: int) -> None:
+    legs = list(_legs(n, told, visits))
+    assert [legs[0][0], *(end for _, end in legs)] == [*(begin for begin, _ in legs), visits]
+    assert all(n + begin <= LARGEST for begin, _ in legs if begin)
+    assert len(legs) == 1 if n == 60 else len(legs) > 1
+    for begin, end in legs:
+        blocks = list(_blocks(n, begin, end, told))
+        assert [j for first, count in blocks for j in range(first, first + count)] == [
+            *range(begin, end)
+        ]
+        drawn = [(first, count) for first, count in blocks if first >= told]
+        assert all(count == 1 or BLOCK * count <= n + first for first, count in drawn)
 
 
 def test_observations_are_those_of_the_function_drawn_with_them(model: pfn.PFN) -> None:
