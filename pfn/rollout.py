@@ -14,6 +14,7 @@ the grid; h heads, e experts, n context points, q tokens, w width.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from pfn.experts import RIDGE, Forecast, Solved, cholesky, correlation, eye, inp
 from pfn.transformer import Encoded, EncodedLayer, Final, Transformer, attend, place
 
 FEW = 2  # tokens of each walk, for which keys that all walks share are not worth copying
-PIECE = 2**21  # numbers, 16 MiB: memory of larger tensors goes back to the system after each use
+PIECE = 2**20  # numbers, 8 MiB: memory of larger tensors goes back to the system after each use
 
 
 class Rollout:
@@ -146,12 +147,13 @@ class ExpertsWalk:
         noise, log_variance, log_evidence = (part.view(-1, e) for part in of_each)
         self._noise, self._log_variance = noise, log_variance  # (b, e)
         self._log_evidence = log_evidence.expand(s, -1)
-        self._factor = self._left.new_empty(s, e, k, k)
+        self._factor = self._left.new_empty(s, e, k, k).mT  # by columns, as LAPACK has them
         for some in self._pieces(k):
-            own = self._rows(some, k)[..., :k]
+            own = self._rows(some)[..., :k]
             own.diagonal(dim1=-2, dim2=-1).add_(_of(noise, some).unsqueeze(-1))
-            self._factor[some] = cholesky(own.flatten(0, 1)).view_as(own)
+            self._factor[some] = cholesky(own.flatten(0, 1).mT).unflatten(0, (-1, e))
         self._white = self._left.new_zeros(s, e, k)  # over deviations
+        self._values = self._left.new_empty(s, k)
         self.told = 0
 
     def expect_next(self, count: int) -> Forecast:
@@ -167,7 +169,8 @@ class ExpertsWalk:
         """Takes values (s, c) of the points asked for last, and gives what `tell_buffer` takes."""
         j, told = self.told, self.told + y.shape[1]
         factor = self._factor[:, :, j:told, j:told]
-        residual = y.double().unsqueeze(1) - self._expected
+        self._values[:, j:told] = y
+        residual = self._values[:, None, j:told] - self._expected
         white = torch.linalg.solve_triangular(factor, residual.unsqueeze(-1), upper=False)
         self._white[..., j:told] = white = white.squeeze(-1)
         log_variance = self._log_variance.unsqueeze(-1)
@@ -193,15 +196,35 @@ class ExpertsWalk:
 
     def expect_all(self) -> Forecast:
         """What the experts say of all points, once those of the walk were told, (s, t, e)."""
-        mean = torch.empty_like(self._mean)
-        left = torch.empty_like(mean)
-        for some in self._pieces(mean.shape[-1]):
-            rows = self._rows(some, self._factor.shape[-1])  # (s, e, k, t)
-            weights = torch.linalg.solve_triangular(self._factor[some], rows, upper=False)
-            of_white = (self._white[some].unsqueeze(-2) @ weights).squeeze(-2)
-            mean[some] = self._mean[some] + of_white
-            left[some] = self._variances(some) - weights.square_().sum(-2)
-        return self._forecast(mean.mT, left.mT)
+        k, mean = self._factor.shape[-1], torch.empty_like(self._mean)
+        pull = torch.linalg.solve_triangular(
+            self._factor.mT, self._white.unsqueeze(-1), upper=True
+        ).squeeze(-1)
+        mean[..., :k] = self._values.unsqueeze(1) - self._noise.unsqueeze(-1) * pull
+        if k < mean.shape[-1]:
+            for some in self._pieces(mean.shape[-1]):
+                said = pull[some].unsqueeze(-2) @ self._rows(some)[..., k:]
+                mean[some, :, k:] = self._mean[some, :, k:] + said.squeeze(-2)
+        return self._forecast(mean.mT, self._share.mT)
+
+    @functools.cached_property
+    def _share(self) -> Tensor:
+        """Of the variance at all points, what a walk leaves (s, e, t).
+
+        At its own points this follows from the factor alone.
+        """
+        k, noise = self._factor.shape[-1], self._noise.unsqueeze(-1)
+        share = torch.empty_like(self._mean)
+        for some in self._pieces(k):
+            factor, noise_of = self._factor[some], _of(noise, some)
+            inverse = torch.linalg.solve_triangular(factor, eye(factor), upper=False)
+            share[some, :, :k] = noise_of * (1 - noise_of * inverse.square_().sum(-2))
+        if k < share.shape[-1]:
+            for some in self._pieces(share.shape[-1]):
+                rows = self._rows(some)[..., k:]  # (s, e, k, t - k)
+                weights = torch.linalg.solve_triangular(self._factor[some], rows, upper=False)
+                share[some, :, k:] = self._variances(some)[..., k:] - weights.square_().sum(-2)
+        return share
 
     def residuals(self, chosen: Tensor, *, noisy: bool, generator: torch.Generator) -> Tensor:
         """Draws (s, t) of what the walks leave open, by one expert for each, over its deviation.
@@ -224,17 +247,19 @@ class ExpertsWalk:
             for size in (self._left.shape[-1], k, t)
         )
         drawn = self._draw_left(chosen, z)
-        observed = drawn[:, :k] + noise.sqrt() * eps
-        residual, left = torch.empty_like(drawn), torch.empty_like(drawn)
-        for some in self._pieces(t):
-            one = chosen[some]
-            factor = self._factor[walks[some], one]  # (s, k, k)
-            rows = self._rows(some, k, one)  # (s, k, t)
-            sides = torch.cat([rows, observed[some].unsqueeze(-1)], -1)
-            solved = torch.linalg.solve_triangular(factor, sides, upper=False)
-            weights, white = solved[..., :-1], solved[..., -1:]
-            residual[some] = drawn[some] - (weights.mT @ white).squeeze(-1)
-            left[some] = self._variances(some, one) - weights.square().sum(-2)
+        error = noise.sqrt() * eps
+        factor = self._factor[walks, chosen]  # (s, k, k)
+        observed = (drawn[:, :k] + error).unsqueeze(-1)
+        white = torch.linalg.solve_triangular(factor, observed, upper=False)
+        pull = torch.linalg.solve_triangular(factor.mT, white, upper=True).squeeze(-1)
+        residual = torch.empty_like(drawn)
+        residual[:, :k] = noise * pull - error
+        if k < t:
+            for some in self._pieces(t):
+                rows = self._rows(some, chosen[some])[..., k:]  # (s, k, t - k)
+                said = (pull[some].unsqueeze(-2) @ rows).squeeze(-2)
+                residual[some, k:] = drawn[some, k:] - said
+        left = self._share[walks, chosen]
         if noisy:
             residual, left = residual + noise.sqrt() * new, left + noise
         return residual / left.clamp_min(RIDGE).sqrt()
@@ -253,33 +278,33 @@ class ExpertsWalk:
             drawn[mine] = z[mine] @ factor.mT
         return drawn.gather(1, self._order)
 
-    def _rows(self, some: slice, k: int, chosen: Tensor | None = None) -> Tensor:
-        """Covariances (s, e, k, t) of the first k points of some walks with all; a new tensor.
+    def _rows(self, some: slice, chosen: Tensor | None = None) -> Tensor:
+        """Covariances (s, e, k, t) of the points that some walks visit with all of theirs.
 
         Args:
             chosen: (s,) the expert of each of these, for (s, k, t).
         """
-        if not self._shared:
-            if chosen is None:
-                return self._left[some, :, :k].clone()
-            return self._left[some][torch.arange(len(chosen), device=chosen.device), chosen, :k]
-        order = self._order[some]
-        if chosen is None:
-            both = self._left[0][:, order[:, :k].unsqueeze(-1), order.unsqueeze(-2)]
-            return both.transpose(0, 1)
-        each = chosen[:, None, None]
-        return self._left[0][each, order[:, :k].unsqueeze(-1), order.unsqueeze(-2)]
+        e, k, order = self._left.shape[1], self._factor.shape[-1], self._order[some]
+        s = len(order)
+        experts = torch.arange(e, device=order.device).expand(s, -1)
+        if chosen is not None:
+            experts = chosen.unsqueeze(-1)
+        if self._shared:
+            first = order[:, None, :k] + self._left.shape[-1] * experts.unsqueeze(-1)
+            rows = self._left[0].flatten(0, 1).index_select(0, first.flatten())
+            columns = order[:, None, None].expand(-1, experts.shape[1], k, -1)
+            rows = rows.view(s, -1, k, rows.shape[-1]).gather(3, columns)
+        else:
+            walks = torch.arange(s, device=order.device).unsqueeze(-1)
+            rows = self._left[some][walks, experts, :k]
+        return rows if chosen is None else rows.squeeze(1)
 
-    def _variances(self, some: slice, chosen: Tensor | None = None) -> Tensor:
-        """Variances (s, e, t) at points of some walks given the context, or (s, t)."""
+    def _variances(self, some: slice) -> Tensor:
+        """Variances (s, e, t) at points of some walks given the context."""
         variances = self._left.diagonal(dim1=-2, dim2=-1)  # (b, e, m or t)
         if self._shared:
-            variances = variances[0][:, self._order[some]].transpose(0, 1)
-        else:
-            variances = variances[some]
-        if chosen is None:
-            return variances
-        return variances[torch.arange(len(chosen), device=chosen.device), chosen]
+            return variances[0][:, self._order[some]].transpose(0, 1)
+        return variances[some]
 
     def _pieces(self, columns: int) -> Iterator[slice]:
         """Walks whose matrices, one for each expert, have so many columns."""
@@ -331,12 +356,18 @@ def _attend(query: Tensor, layer: EncodedLayer, own: Tensor, sees: Tensor | None
     s, h, q, _ = query.shape
     n, j = layer.key.shape[2], own.shape[3]
     if q > FEW:
-        context = (part.expand(s, -1, -1, -1) for part in (layer.key, layer.value))
-        key, value = (torch.cat(two, 2) for two in zip(context, own, strict=True))
-        if sees is None:
-            return attend(query, key, value)
-        order = torch.arange(n + j, device=sees.device)
-        return attend(query, key, value, order < n + sees.unsqueeze(-1))
+        mask = None
+        if sees is not None:
+            mask = torch.arange(n + j, device=sees.device) < n + sees.unsqueeze(-1)
+        attended = torch.empty_like(query)
+        for some in pieces(s, h * (n + j) * query.shape[-1]):
+            context = (_of(part, some) for part in (layer.key, layer.value))
+            key, value = (
+                torch.cat([part.expand(len(behind), -1, -1, -1), behind], 2)
+                for part, behind in zip(context, own[:, some], strict=True)
+            )
+            attended[some] = attend(query[some], key, value, mask)
+        return attended
     if len(layer.key) > 1 or s == 1:
         weights = torch.cat([query @ layer.key.mT, query @ own[0].mT], -1).softmax(-1)
         return weights[..., :n] @ layer.value + weights[..., n:] @ own[1]
