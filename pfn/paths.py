@@ -36,7 +36,7 @@ BLOCK = 8  # points are drawn together that are less than this part of those kno
 MOST = 128  # points that a draw visits: as many as networks are trained to add to a context
 GROWTH = 0.5  # points visited before a context is encoded anew with them, as a share of it
 LARGEST = 32  # points of a context that is encoded anew; larger ones take seconds for 500 draws
-ENTRIES = 2**24  # of the matrices of draws that walk at once: 128 MiB
+ENTRIES = 2**23  # of the matrices of draws that walk at once: 64 MiB, which is about fastest
 
 
 class Walked(NamedTuple):
