@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2**20  # numbers that a pass keeps for each expert: bounds memory for a million queries
 MATRICES = 2**22  # entries that a pass has in each expert's matrices: bounds memory for many tasks
+CERTAIN = 1e-6  # standard deviation of what is known of a latent, relative to the prior's
 
 
 class Ready(NamedTuple):
@@ -598,7 +599,7 @@ class Fitted:
         Returns:
             By name: a log-normal mixture for a positive latent, a normal mixture for a real one, a
             Categorical for a choice. Batch_shape () or, for one per feature, (d,); after b if
-            batched. In float64.
+            batched. In float64. Those that were given are as they were given.
         """
         transformer, config = self.pfn.transformer, self.pfn.card.architecture
         if not config.latents:
@@ -608,6 +609,8 @@ class Fitted:
         with torch.no_grad():
             final = transformer.decode(self._encoded, nothing, latents=True)
             mixture, logits = transformer.latent_head(final)
+        if self._ready.known is not None:
+            mixture, logits = _as_told(mixture, logits, self._ready.known)
         marginals: dict[str, Distribution] = {}
         start = 0
         for latent in config.latents:
@@ -674,6 +677,14 @@ def _mixture(transformer: Network, final: Any, latent: bool) -> Mixture:
 def _joined(parts: Sequence[tuple[Tensor, ...]], dim: int) -> Iterable[Tensor]:
     """Tensors of the same place in each part, end to end."""
     return parts[0] if len(parts) == 1 else (torch.cat(s, dim) for s in zip(*parts, strict=True))
+
+
+def _as_told(mixture: Mixture, logits: Tensor, known: Tensor) -> tuple[Mixture, Tensor]:
+    """What `latent_head` says, but what is known, in slots (b, latent_slots), with certainty."""
+    told = known.isfinite()
+    means = torch.where(told.unsqueeze(-1), known.unsqueeze(-1), mixture.means)
+    log_stds = mixture.log_stds.masked_fill(told.unsqueeze(-1), math.log(CERTAIN))
+    return Mixture(mixture.log_weights, means, log_stds), torch.where(told, known.log(), logits)
 
 
 def _predictive(

@@ -459,6 +459,20 @@ def test_given_latents_are_in_the_units_of_the_data() -> None:
     assert ((plain.mean - MODEL.predict((x, y), x_query).mean).abs() > 1e-3).all()
 
 
+def test_given_latents_are_told_as_they_were_given() -> None:
+    given = {"noise": 0.01, "lengthscale": [0.4, 2.0], "mean": -0.2, "kernel": "rbf"}
+    fitted = MODEL.condition((draw(7, 2), 30 * draw(7) + 100), given=given)
+    for name, marginal in fitted.latents().items():
+        if name == "kernel":
+            assert marginal.probs.tolist() == [1, 0, 0]
+            continue
+        told = torch.as_tensor(given[name], dtype=torch.float64)
+        torch.testing.assert_close(marginal.mean, told, rtol=1e-5, atol=1e-4)
+        assert (marginal.stddev < 1e-3).all()
+    partly = MODEL.condition((draw(7, 2), draw(7)), given={"noise": 0.01}).latents()
+    assert partly["noise"].stddev < 1e-5 < partly["lengthscale"].stddev.min()
+
+
 def test_nothing_given_is_as_no_given() -> None:
     x, y, x_query = draw(7, 2), draw(7), draw(4, 2, seed=1)
     empty = MODEL.predict((x, y), x_query, given={})
