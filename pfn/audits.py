@@ -14,6 +14,7 @@ next, which draws what they found.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from priors import Prior
 POINTS = 12  # of a joint draw
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the quantiles that the martingale test probes
 SIZES = (5, 20, 60)  # context points
+ADDED = 20  # points behind a context, whose loss is measured
 CHECKED = (8, 60)  # context points of the data sets on which `check` is calibrated
 BINS = 50  # of values on [0, 1] that a figure shows
 
@@ -85,10 +87,20 @@ def audit(pfn: PFN, prior: Prior, sizes: AuditSizes, seed: int, report: Report) 
     if pfn.card.architecture.latents:
         found["latents"] = latents(pfn, prior, sizes, seed, report)
     if is_quick:
-        found["joint"] = joint(pfn, known, sizes, seed, report)
-        found["evidence"] = evidence(pfn, known, sizes, seed, report)
-        found["given"] = given(pfn, known, sizes, seed, report)
+        takes = inspect.signature(known.posterior).parameters
+        if "joint" in takes and _knows_joint(known, seed):
+            found["joint"] = joint(pfn, known, sizes, seed, report)
+        if hasattr(known, "log_evidence"):
+            found["evidence"] = evidence(pfn, known, sizes, seed, report)
+        if "given" in takes:
+            found["given"] = given(pfn, known, sizes, seed, report)
     return found
+
+
+def _knows_joint(prior: Any, seed: int) -> bool:
+    """Whether joint posteriors are mixtures of normals."""
+    task = draw_tasks(prior, 3, 1, tasks=1, queries=2, seed=seed, purpose="kind of posterior")
+    return _Joint.fits(prior.posterior((task.x[0], task.y[0]), task.x_query[0], joint=True))
 
 
 def coherence(
@@ -140,18 +152,20 @@ def order_spread(
 
 
 def buffer_loss(
-    pfn: PFN, prior: Prior, sizes: AuditSizes, seed: int, report: Report, added: int = 20
+    pfn: PFN, prior: Prior, sizes: AuditSizes, seed: int, report: Report
 ) -> dict[str, Any]:
     """What predictives lose, in nats, where points wait behind a context instead of being in it."""
-    n, d = min(20, pfn.card.max_context // 2), min(5, pfn.card.d_range[1])
+    n, d, added = min(20, pfn.card.max_context // 2), min(5, pfn.card.d_range[1]), ADDED
     data = _whole(pfn, prior, n + added, d, sizes.evidence_tasks, seed, "buffer")
     context, rest = (data.x[:, :n], data.y[:, :n], None), (data.x[:, n:], data.y[:, n:])
     with torch.inference_mode():
         behind = predict_points(pfn.transformer, *context, *rest, one_by_one=True)
         within = []
         for k in range(n, n + added):
-            prefix, point = (data.x[:, :k], data.y[:, :k]), (data.x[:, k:], data.y[:, k:])
-            point = point[0][:, :1], point[1][:, :1]
+            prefix, point = (
+                (data.x[:, :k], data.y[:, :k]),
+                (data.x[:, k : k + 1], data.y[:, k : k + 1]),
+            )
             within.append(predict_points(pfn.transformer, *prefix, None, *point))
             report(Progress("buffer", k - n + 1, added))
     loss = (torch.cat(within, 1) - behind).mean(1).cpu()
@@ -338,14 +352,24 @@ def in_words(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 class _Joint(NamedTuple):
-    """A mixture of joint normals, from which torch can draw few values only: it draws all parts."""
+    """Joint normals, mixed. Torch can draw few values of such a mixture: it draws of all parts."""
 
     weights: Tensor  # (k,)
     means: Tensor  # (k, m)
     covariances: Tensor  # (k, m, m)
 
+    @staticmethod
+    def fits(posterior: Any) -> bool:
+        """Whether a posterior is one."""
+        return isinstance(
+            getattr(posterior, "component_distribution", posterior), MultivariateNormal
+        )
+
     @classmethod
     def of(cls, posterior: Any) -> _Joint:
+        if isinstance(posterior, MultivariateNormal):
+            parts = posterior.mean, posterior.covariance_matrix
+            return cls(torch.ones_like(parts[0][:1]), *(part.unsqueeze(0) for part in parts))
         each = posterior.component_distribution
         weights = posterior.mixture_distribution.probs
         return cls(weights, each.mean, each.covariance_matrix)
@@ -377,10 +401,10 @@ class _Joint(NamedTuple):
 def _pit(marginal: Any, truth: Tensor, generator: torch.Generator) -> Tensor:
     """The marginal's cdf at the truth, () or (d,); at random within the jump of a category's."""
     if not isinstance(marginal, Categorical):
-        return cast(Tensor, marginal.cdf(truth.double()))
-    cumulated = marginal.probs.double().cumsum(-1).clamp_max(1)
-    above = cumulated[truth.long()]
-    below = above - marginal.probs[truth.long()].double()
+        return cast(Tensor, marginal.cdf(truth.to(marginal.mean)))
+    probs = marginal.probs.double().cpu()
+    above = probs.cumsum(-1).clamp_max(1)[truth.long()]
+    below = above - probs[truth.long()]
     return randomized_pit(above, below.clamp_min(0), generator=generator)
 
 

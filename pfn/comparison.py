@@ -43,7 +43,12 @@ class Comparison:
     @property
     def best(self) -> str:
         """The model of highest evidence."""
-        return self.names[int(self.log_evidences.argmax())]
+        return self.best_fitted.pfn.card.name
+
+    @property
+    def best_fitted(self) -> Fitted:
+        """That model with the context."""
+        return self.fitted[int(self.log_evidences.argmax())]
 
     def predict(self, x_query: Any, *, latent: bool = False) -> Predictive:
         """The models' predictives at `x_query`, averaged by their probabilities.

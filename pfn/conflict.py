@@ -30,6 +30,7 @@ from pfn.network import Network
 from pfn.transformer import Transformer
 from pfn.units import FromContext, context_units, prior_units
 from priors import Prior
+from priors.kernel_prior import KernelPrior
 from priors.tasks import PriorAtInputs
 
 if TYPE_CHECKING:
@@ -123,14 +124,20 @@ def draw_null(
         ValueError: a model of curves or without its prior, or a given latent that is no field of
             the prior's.
     """
-    if pfn.prior is None or pfn.card.architecture.causal:
+    if pfn.card.architecture.causal:
         raise ValueError(
-            f"Expected a model of points in any order that knows its prior; {pfn.card.name!r} is"
-            " not one. For a prior of your own, pfn.load(path, prior=my_prior)."
+            f"Expected a model of points in any order; {pfn.card.name!r} reads curves, whose points"
+            " have one."
         )
-    given = {} if observed.known is None else read_known(pfn, observed.known[0])
-    prior = with_latents(pfn.prior, given)
+    if pfn.prior is None:
+        raise ValueError(
+            f"Expected a model that knows its prior; {pfn.card.name!r} does not. For a prior of"
+            " your own, pfn.load(path, prior=my_prior)."
+        )
     n, d = observed.x.shape[1:]
+    known = {} if observed.known is None else pfn.read_known(observed.known[0], d)
+    given = {name: value.squeeze().tolist() for name, value in known.items()}
+    prior = with_latents(pfn.prior, given, d)
     if isinstance(prior, PriorAtInputs):
         x = observed.x.double().expand(draws, -1, -1)
         y = prior.sample_at(x, generator=generator)
@@ -141,43 +148,36 @@ def draw_null(
     units = context_units(*context) if own.y else prior_units(*context)
     if not own.x:
         units = prior_units(*context)._replace(y_shift=units.y_shift, y_scale=units.y_scale)
-    known, dtype = pfn.read_given(given or None, units, d), observed.y.dtype
-    known = None if known is None else known.to(dtype)
-    return DataSets(units.map_x(x).to(dtype), units.map_y(y).to(dtype), known)
+    slots, dtype = pfn.read_given(given or None, units, d), observed.y.dtype
+    slots = None if slots is None else slots.to(dtype)
+    return DataSets(units.map_x(x).to(dtype), units.map_y(y).to(dtype), slots)
 
 
-def read_known(pfn: PFN, known: Tensor) -> dict[str, Any]:
-    """Latents that are known, in the prior's units, from the network's slots (slots,)."""
-    given: dict[str, Any] = {}
-    config, start = pfn.card.architecture, 0
-    for latent in config.latents:
-        part = known[start : start + config.slots(latent)].double()
-        start += config.slots(latent)
-        part = part[~part.isnan()]
-        if not len(part):
-            continue
-        if latent.categories:
-            given[latent.name] = pfn.card.latent_categories[latent.name][int(part.argmax())]
-            continue
-        value = latent.mean + latent.std * part
-        value = value.exp() if latent.positive else value
-        given[latent.name] = float(value) if len(value) == 1 else value.tolist()
-    return given
-
-
-def with_latents(prior: Prior, given: Mapping[str, Any]) -> Prior:
-    """The prior of tasks whose latents are given."""
+def with_latents(prior: Prior, given: Mapping[str, Any], d: int) -> Prior:
+    """The prior of tasks of d features whose latents are given: numbers, or indices of choices."""
     if not given:
         return prior
     fields: Any = dataclasses.fields(cast(Any, prior)) if is_dataclass(prior) else ()
     own = [field.name for field in fields]
-    varied = [name for name, value in given.items() if isinstance(value, list) or name not in own]
+    varied = [
+        name
+        for name, value in given.items()
+        if name not in own
+        or isinstance(value, list)
+        or (isinstance(value, int) and not isinstance(getattr(prior, name), tuple | list))
+    ]
     if varied:
         raise ValueError(
             f"Expected given latents that are fields of the prior, one number each, to check a"
             f" context; got {varied} of {type(prior).__name__}."
         )
-    return cast(Prior, dataclasses.replace(cast(Any, prior), **given))
+    scaled = prior.hyperparameters(d) if isinstance(prior, KernelPrior) else ()
+    factors = {each.name: each.factor for each in scaled}
+    values = {}
+    for name, value in given.items():
+        is_choice = isinstance(value, int)
+        values[name] = getattr(prior, name)[value] if is_choice else value / factors.get(name, 1.0)
+    return cast(Prior, dataclasses.replace(cast(Any, prior), **values))
 
 
 def judge(
@@ -185,7 +185,7 @@ def judge(
     observed: DataSets,
     draw: Callable[[int], DataSets],
     draws: int,
-    x_query: Tensor,
+    where: tuple[Tensor, Tensor],
     generator: torch.Generator,
     names: Sequence[str] | None = None,
 ) -> Check:
@@ -194,7 +194,7 @@ def judge(
     Args:
         draw: gives as many data sets of the prior as it is told.
         draws: of these, at most.
-        x_query: (m, d), in the network's units.
+        where: its rows (n, d) and queries (m, d), beyond the network's reach as well.
         names: of the features, for words; their numbers by default.
     """
     few = max(LEAST_DRAWS, draws // 5)
@@ -214,7 +214,7 @@ def judge(
         feature=int(ours.feature[0]) if names is None else repr(names[int(ours.feature[0])]),
         spread="closer to" if z.square().mean() < 1 else "further from",
     )
-    rows, queries = observed.x[0].double().cpu(), x_query.double().cpu()
+    rows, queries = (part.detach().double().cpu() for part in where)
     outside, query_outside = outside_box(rows), outside_box(queries)
     is_conflict = p_value <= LEVEL
     reason = (

@@ -42,7 +42,6 @@ class Evidence(NamedTuple):
 
     value: Tensor  # (b,)
     error: Tensor  # (b,) the standard error that the mean density over orders has, to first order
-    spread: Tensor  # (b,) the standard deviation over orders
 
 
 def log_evidence(
@@ -50,19 +49,19 @@ def log_evidence(
 ) -> Evidence:
     """The log evidence of data, averaged over random orders of their points."""
     b, n = data.y.shape
-    if not n:
+    if not b or not n:
         zero = data.y.new_zeros(b, dtype=torch.float64)
-        return Evidence(zero, zero, zero)
+        return Evidence(zero, zero)
     if network.config.causal:  # whose points have one order
         each = one_step_ahead(network, *data).sum(1)
-        return Evidence(each, torch.zeros_like(each), torch.zeros_like(each))
+        return Evidence(each, torch.zeros_like(each))
     each = chain_rule(network, data, orders, generator)
     value = each.logsumexp(0) - math.log(orders)
     if orders == 1:
-        return Evidence(value, *[torch.full_like(value, math.nan)] * 2)
+        return Evidence(value, torch.full_like(value, math.nan))
     density = (each - each.amax(0)).exp()
     error = density.std(0) / density.mean(0) / math.sqrt(orders)
-    return Evidence(value, error, each.std(0))
+    return Evidence(value, error)
 
 
 def chain_rule(network: Network, data: DataSets, orders: int, generator: torch.Generator) -> Tensor:
@@ -114,7 +113,7 @@ def _some(y: Tensor, points: int) -> Iterator[slice]:
     """Tasks of y (b, ...) that are encoded at once, of so many points each."""
     entries = CACHED if y.device.type == "cpu" else ENTRIES
     size = max(1, entries // (1 + points) ** 2)
-    return (slice(start, start + size) for start in range(0, len(y), size))
+    return (slice(start, start + size) for start in range(0, max(1, len(y)), size))
 
 
 def predict_points(

@@ -79,8 +79,7 @@ def choose_for(
 ) -> PFN:
     """The PFN that `model` means for `context = (x, y)`, "best" included; see `predict`."""
     if model == "best":
-        best = compare(context, given=given, standardize=standardize, bounds=bounds)
-        return best.fitted[int(best.log_evidences.argmax())].pfn
+        return compare(context, given=given, standardize=standardize, bounds=bounds).best_fitted.pfn
     if isinstance(model, PFN):
         return model
     return choose(model, check_context(context).x.shape[-1])
@@ -146,6 +145,7 @@ def compare(
             for as many features, points and given latents.
         given, standardize, bounds: see `PFN.condition`; the same for all models.
         orders: of the rows, over which each evidence is averaged.
+        seed: of these orders.
 
     Returns:
         A `Comparison`: `.probabilities`, `.log_evidences`, `.best`, and `.predict`, their average.

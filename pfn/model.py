@@ -61,10 +61,12 @@ class Ready(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """Observations after the context, in the units of the prior for the network."""
+    """Observations after the context, in the units of the network and in those of the data."""
 
     x: Tensor  # (b, k, d)
     y: Tensor  # (b, k)
+    data_x: Tensor  # (b, k, d)
+    data_y: Tensor  # (b, k)
 
 
 class PFN:
@@ -277,6 +279,24 @@ class PFN:
             raise ValueError(f"Expected a positive {label}; got {given}.")
         return ((value.log() if latent.positive else value) - latent.mean) / latent.std
 
+    def read_known(self, known: Tensor, d: int) -> dict[str, Tensor]:
+        """Known latents, () or (d,), in the prior's units, from the network's slots (slots,).
+
+        The inverse of `read_given` on one task; of categories, their indices.
+        """
+        config, values, start = self.card.architecture, {}, 0
+        for latent in config.latents:
+            slots = known[start : start + config.slots(latent)].double().cpu()
+            start += config.slots(latent)
+            if bool(slots[0].isnan()):
+                continue
+            if latent.categories:
+                values[latent.name] = slots.argmax()
+                continue
+            value = latent.mean + latent.std * (slots[:d] if latent.per_feature else slots[0])
+            values[latent.name] = value.exp() if latent.positive else value
+        return values
+
     def known_in(self, units: Units, known: Tensor) -> Tensor:
         """Known latents (b, latent_slots) of data whose y took other units, in these."""
         columns, start = [], 0
@@ -298,7 +318,9 @@ class PFN:
         Raises:
             ValueError: for one lengthscale over features whose ranges differ: it has no unit.
         """
-        shift, scale = units.of_latent(self.card.latent_units.get(name, ""), per_feature)
+        of_prior = getattr(self.prior, "latent_units", {})  # of more than the network was taught
+        unit = self.card.latent_units.get(name, of_prior.get(name, ""))
+        shift, scale = units.of_latent(unit, per_feature)
         if bool(scale.isnan().any()):
             raise ValueError(
                 f"Expected features of one range, as one {name} for all of them has no unit"
@@ -387,6 +409,8 @@ class Fitted:
         mapped = Buffer(
             self.units.map_x(more.x.to(keys.device)).to(keys.dtype),
             self.units.map_y(more.y.to(keys.device)).to(keys.dtype),
+            more.x.to(keys.device),
+            more.y.to(keys.device),
         )
         if self._added is not None:
             both = [
@@ -444,7 +468,10 @@ class Fitted:
         return self.draw(x_query, draws, (latent,), seed)[0]
 
     def draw(self, x_query: Any, draws: int, kinds: tuple[bool, ...], seed: int) -> list[Tensor]:
-        """Paths as of `sample_paths`: latent ones and the observations that go with them."""
+        """Paths as of `sample_paths`: latent ones and the observations that go with them.
+
+        Of more queries than a draw visits (`paths.MOST`), those beyond go with none.
+        """
         x, dtype = check_query(x_query, self.context)
         transformer, keys = self.pfn.transformer, self._encoded.layers[0].key
         if not isinstance(transformer, Transformer):
@@ -474,6 +501,8 @@ class Fitted:
                     generator=generator,
                 )
                 paths.append([path.double() * y_scale[task] + y_shift[task] for path in every])
+        if not paths:
+            return [x.new_empty(draws, 0, x.shape[1], dtype=dtype) for _ in kinds]
         return [
             self._unbatch(torch.stack(each, 1), dim=1).to(x.device, dtype)
             for each in zip(*paths, strict=True)
@@ -493,16 +522,14 @@ class Fitted:
     def _encode_anew(self, seen: Seen, x: Tensor, y: Tensor) -> Walked:
         """Larger contexts (s, n, d), (s, n), in the units of the one that was seen.
 
-        Where that set the units, these set their own; but not of x where latents are known, as one
-        lengthscale for all features has no unit where their ranges differ.
+        Where that set the units of y, these set their own; those of x stay, so that far queries do
+        not change what is said of near ones.
         """
         _, _, known, own = seen
         units = prior_units(x, y)
         if own.y:
             fresh = context_units(x, y)
             units = units._replace(y_shift=fresh.y_shift, y_scale=fresh.y_scale)
-            if own.x and known is None:
-                units = fresh
         if known is not None:
             known = self.pfn.known_in(units, known.expand(len(y), -1))
         encoded = self.pfn.transformer.encode(units.map_x(x), units.map_y(y), known, own)
@@ -581,11 +608,19 @@ class Fitted:
         def draw(count: int) -> DataSets:
             return draw_null(self.pfn, observed, self._ready.own, first, count, generator)
 
-        with torch.inference_mode():
-            queries, names = self.units.map_x(x)[0], self.context.columns
-            found = judge(self.pfn.transformer, observed, draw, draws, queries, generator, names)
+        rows = self.context.x if self._added is None else self._rows_and_added()
+        where = self.units.to_box(rows)[0], self.units.to_box(x)[0]
+        with torch.no_grad():
+            found = judge(
+                self.pfn.transformer, observed, draw, draws, where, generator, self.context.columns
+            )
         self._warning = found.reason if found.verdict == "conflict" else None
         return found
+
+    def _rows_and_added(self) -> Tensor:
+        """Inputs (b, n + k, d) of the context and what was added, in the units of the data."""
+        assert self._added is not None
+        return torch.cat([self.context.x, self._added.data_x], 1)
 
     def refine(self, *, draws: int = 1000, seed: int = 0) -> Refined:
         """The exact posterior, starting from the network's answer; see `pfn.refine.refine`."""
@@ -611,6 +646,9 @@ class Fitted:
             mixture, logits = transformer.latent_head(final)
         if self._ready.known is not None:
             mixture, logits = _as_told(mixture, logits, self._ready.known)
+        tasks = len(self.context.y)
+        mixture = Mixture(*(part.expand(tasks, -1, -1) for part in mixture))
+        logits = logits.expand(tasks, -1)
         marginals: dict[str, Distribution] = {}
         start = 0
         for latent in config.latents:

@@ -11,8 +11,8 @@ contexts of their own.
 The function is what these observations leave to be known of it: one expert, chosen by its weight
 given them, says its mean, and around the mean a draw of that expert's residual process, so that its
 variance is whole however noisy the observations are. (The mean alone, a martingale posterior, has
-the variance of the posterior less that of the posterior given the rollout.) So are observations at
-points beyond `MOST` that a draw visits.
+the variance of the posterior less that of the posterior given the rollout.) Observations at points
+that a draw does not visit, beyond `MOST`, are drawn in the same way.
 
 Read `rollout.py` first. Shapes: s draws, b contexts, 1 or s; n points of them, m points to draw at,
 e experts.

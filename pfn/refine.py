@@ -25,7 +25,7 @@ from torch.distributions import (
     Normal,
 )
 
-from pfn.data import check_query
+from pfn.data import check_count, check_query
 from pfn.importance import Part, log_weights_of, thin, weigh
 from pfn.model import Fitted
 from pfn.predictive import Predictive
@@ -46,9 +46,10 @@ class Refined:
             draws that sequential Monte Carlo has carried on; "exact" where nothing is unknown;
             "reference" for the posterior of the prior itself.
         pareto_k: the shape of the largest importance weights, the smaller the better: importance
-            sampling is for up to 0.7 (`pfn.pareto.largest_trusted`). Infinite for "reference",
-            where nothing is weighted.
-        effective_draws: independent draws of the posterior that say as much; NaN for "reference".
+            sampling is for up to 0.7 (`pfn.pareto.largest_trusted`). Where nothing is weighted,
+            infinite: negative for "exact", positive for "reference".
+        effective_draws: independent draws of the posterior that say as much; infinite for "exact",
+            NaN for "reference".
         log_evidence: log p(y | x) in nats, in the units of the data; NaN for "reference". Where
             location and scale of y have flat priors it has an arbitrary constant: only differences
             between refined posteriors of the same data mean something.
@@ -84,8 +85,7 @@ class Refined:
         """
         x, dtype = check_query(x_query, self.fitted.context)
         units = _on_cpu(self.fitted.units)
-        inner = (x.cpu() - units.x_shift.unsqueeze(-2)) / units.x_scale.unsqueeze(-2)
-        posterior = self.source.predict(inner.squeeze(0), latent)
+        posterior = self.source.predict(units.to_box(x.cpu()).squeeze(0), latent)
         return _in_units_of_data(posterior, units, x.device, dtype)
 
     def latents(self) -> dict[str, Marginal]:
@@ -205,8 +205,7 @@ def refine(fitted: Fitted, *, draws: int = 1000, seed: int = 0) -> Refined:
     prior, name = fitted.pfn.prior, fitted.pfn.card.name
     if fitted.context.batched:
         raise ValueError("Expected one context, x (n, d); got a batch. Refine each by itself.")
-    if draws < 100:
-        raise ValueError(f"Expected at least 100 draws; got {draws}.")
+    draws = check_count(draws, 100, "draw")
     if prior is None:
         raise ValueError(
             f"Expected a PFN that knows its prior; {name!r} was trained on a prior of your own."
@@ -244,14 +243,16 @@ class _Task(NamedTuple):
 def _read(fitted: Fitted) -> _Task:
     """The context and what the network says of its latents, whatever the units of the data."""
     ready, units = fitted._ready, fitted.units
-    x = (fitted.context.x - units.x_shift.unsqueeze(-2)) / units.x_scale.unsqueeze(-2)
-    y = units.map_y(fitted.context.y)
+    x, y = fitted.context.x, fitted.context.y
     if fitted._added is not None:
-        x = torch.cat([x, fitted._added.x.double()], 1)
-        y = torch.cat([y, fitted._added.y.double()], 1)
+        x = torch.cat([x, fitted._added.data_x], 1)
+        y = torch.cat([y, fitted._added.data_y], 1)
+    x, y = units.to_box(x), units.map_y(y)
     in_units_of_prior = ready._replace(units=prior_units(ready.context.x, ready.context.y))
     marginals = Fitted(fitted.pfn, in_units_of_prior, fitted._encoded).latents()
-    given = _known(fitted, ready.known, x.shape[-1])
+    given = {}
+    if ready.known is not None:
+        given = fitted.pfn.read_known(ready.known[0], x.shape[-1])
     set_by_context, n = ready.own.y, ready.y.shape[1]
     varies = n > 1 and bool(y[0, :n].std() > 0.5)  # then it is 1
     return _Task(
@@ -273,25 +274,6 @@ def _to_cpu(law: Distribution) -> Distribution:
     assert isinstance(part, LogNormal | Normal)
     component = type(part)(part.loc.cpu(), part.scale.cpu())
     return MixtureSameFamily(Categorical(logits=law.mixture_distribution.logits.cpu()), component)
-
-
-def _known(fitted: Fitted, known: Tensor | None, d: int) -> dict[str, Tensor]:
-    """Latents that the user gave, () or (d,), from the slots (1, slot) of the network."""
-    if known is None:
-        return {}
-    config, values, start = fitted.pfn.card.architecture, {}, 0
-    for latent in config.latents:
-        stop = start + config.slots(latent)
-        slots = known[0, start:stop].double().cpu()
-        start = stop
-        if bool(slots[0].isnan()):
-            continue
-        if latent.categories:
-            values[latent.name] = slots.argmax()
-            continue
-        value = latent.mean + latent.std * (slots[:d] if latent.per_feature else slots[0])
-        values[latent.name] = value.exp() if latent.positive else value
-    return values
 
 
 def _options(prior: ReferencePrior, given: Mapping[str, Tensor], seed: int) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class ExpertsWalk:
     known at the start, and its row j has what the points before say of mean and variance of point
     j. Covariances are relative to an expert's variance.
 
-    Args: those of `Rollout`.
+    Args: those of `Rollout`, of which the contexts' experts, solved.
     """
 
     def __init__(self, solved: Solved, grid: Tensor, order: Tensor, visits: int) -> None:

@@ -59,7 +59,6 @@ def simulate(
     *,
     seed: int = 0,
     posterior: Callable[[Tensor, Tensor, Tensor], Distribution] | None = None,
-    report: Callable[[int], None] = lambda done: None,
     group: int = 50,
 ) -> Simulated:
     """Simulates `tasks` tasks of `n` observations and one more, in `d` features.
@@ -67,7 +66,6 @@ def simulate(
     Args:
         posterior: maps x (b, n, d), y (b, n) and x_query (b, 1, d) to predictives of batch_shape
             (b, 1); by default the prior's own.
-        report: called with the number of tasks done.
         group: tasks in one call of the posterior.
 
     Raises:
@@ -93,7 +91,6 @@ def simulate(
         level = expected_coverage(others, ours, generator=generator)
         pit = predictive.cdf(held_out).squeeze(-1).clamp(0, 1)
         parts.append((pit, level, _nearest(x, y, drawn.x[:, n:])))
-        report(start + count)
     return Simulated(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -31,10 +31,13 @@ class Units(NamedTuple):
     y_shift: Tensor  # (b,)
     y_scale: Tensor  # (b,)
 
+    def to_box(self, x: Tensor) -> Tensor:
+        """Inputs (b, n, d) where the box of the prior is the unit box."""
+        return (x - self.x_shift.unsqueeze(-2)) / self.x_scale.unsqueeze(-2)
+
     def map_x(self, x: Tensor) -> Tensor:
-        """Inputs (b, n, d) in the network's units, clamped to `REACH` around the prior's box."""
-        mapped = (x - self.x_shift.unsqueeze(-2)) / self.x_scale.unsqueeze(-2)
-        return mapped.clamp(-REACH, 1 + REACH)
+        """The same as the network has them, clamped to `REACH` around the box."""
+        return self.to_box(x).clamp(-REACH, 1 + REACH)
 
     def map_y(self, y: Tensor) -> Tensor:
         """Outputs (..., b, n) in the network's units."""

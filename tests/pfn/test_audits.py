@@ -1,15 +1,22 @@
 """Audits against what is known of them, few tasks each."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.distributions import (
+    Categorical,
+    ExpTransform,
+    MixtureSameFamily,
+    MultivariateNormal,
+)
 
 import pfn
 from pfn import audits
 from pfn.audits import AuditSizes
 from pfn.diagnostics import ks_test
+from priors import GaussianProcess, Mixture, Prior, Warped
 
 FEW = AuditSizes(
     joint_tasks=6,
@@ -50,8 +57,31 @@ def test_all_audits_of_a_network_whose_posterior_is_known(model: pfn.PFN) -> Non
         (n, latent) for n in (5, 20, 60) for latent in (False, True)
     ]
     assert all(row["exact_draws"] < 0.5 for row in found["joint"])
+    assert all(row["error_mean"] < 0.5 for row in found["joint"])
+    assert all(abs(row["pair_gap_mean"]) < 0.2 for row in found["joint"] if not row["latent"])
+    assert all(abs(row["mean"]) < 0.1 for row in found["given"])
     assert found["evidence"]["root_mean_square"] < 0.1
     assert [row["n"] for row in found["given"]] == [5, 20, 60]
+
+
+LEAST = AuditSizes(6, 50, 2, 8, 2, 2, 4, 2, 19, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("prior", "audited"),
+    [
+        (GaussianProcess(lengthscale=0.3, outputscale=1.0, noise=0.1), {"joint", "given"}),
+        (Mixture([GaussianProcess(noise=0.1), GaussianProcess(noise=0.2)]), set()),
+        (Warped(GaussianProcess(noise=0.1), input=None, output=ExpTransform()), set()),
+    ],
+)
+def test_audits_that_a_prior_does_not_know_the_truth_of_are_left_out(
+    untrained: Path, prior: Prior, audited: set[str]
+) -> None:
+    network = pfn.load(untrained, prior=prior)
+    found = audits.audit(network, prior, LEAST, 0, quiet)
+    assert {name for name in ("joint", "given") if found[name] is not None} == audited
+    assert found["evidence"] is not None
 
 
 def test_audits_of_curves_do_not_apply() -> None:

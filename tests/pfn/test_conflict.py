@@ -9,7 +9,13 @@ from torch import Tensor
 
 import pfn
 import pfn.model
-from pfn.conflict import PriorDataConflict, draw_null, outside_box, tail_probability
+from pfn.conflict import (
+    PriorDataConflict,
+    draw_null,
+    outside_box,
+    tail_probability,
+    with_latents,
+)
 from pfn.diagnostics import ks_test
 from pfn.evidence import DataSets
 from priors import BNN, NNGP, GaussianProcess, Linear, Prior, Tasks
@@ -159,6 +165,45 @@ class Lines:
         x = torch.rand(batch, n, d, generator=generator)
         f = torch.randn(batch, 1, generator=generator) * x.sum(-1)
         return Tasks(x, f + 0.1 * torch.randn(batch, n, generator=generator), f, {})
+
+
+def test_a_check_can_meet_gradients(model: pfn.PFN) -> None:
+    weight = torch.ones(12, requires_grad=True)
+    check = model.condition(smooth_data(0)).check([0.5], draws=19)
+    (check.z[:12] * weight).sum().backward()
+    assert weight.grad is not None
+    check.query_distance.mul_(2)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_distances_go_on_beyond_the_networks_reach(model: pfn.PFN, added: bool) -> None:
+    x, y = smooth_data(0)
+    fitted = model.condition((x, y), bounds=[[0.0], [1.0]])
+    if added:
+        fitted = fitted.extend([31.0], [0.0])
+    check = fitted.check([51.0, 1e6], draws=19)
+    torch.testing.assert_close(check.query_outside, torch.tensor([50.0, 1e6 - 1]).double())
+    assert float(check.query_distance[0]) == pytest.approx(20 if added else 51 - float(x.max()))
+    assert len(check.outside) == len(x) + added
+
+
+def test_given_latents_are_those_of_the_data_sets_they_are_checked_with() -> None:
+    prior = GaussianProcess(ard=False, scale_with_dimension=True)
+    same = with_latents(prior, {"lengthscale": 1.5, "noise": 0.2}, 9)
+    fixed = same.draw_hyperparameters(2, 9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fixed["lengthscale"], torch.full((2,), 1.5).double())
+    torch.testing.assert_close(fixed["noise"], torch.full((2,), 0.2).double())
+    kernels = GaussianProcess(kernel=("rbf", "matern52"))
+    assert with_latents(kernels, {"kernel": 1}, 2).kernel == "matern52"
+    assert with_latents(NNGP(depth=(1, 3)), {"depth": 1}, 2).depth == 3
+
+
+@pytest.mark.parametrize("kernel", ["matern52", 1])
+def test_a_kernel_can_be_given_to_a_check(kernel: str | int) -> None:
+    many, (x, y) = pfn.load("gp"), smooth_data(0)
+    inputs = torch.stack([x, x.flip(0)], 1)
+    check = many.condition((inputs, y), given={"kernel": kernel}).check(draws=19)
+    assert 0 < check.p_value <= 1
 
 
 def test_a_prior_that_only_samples_is_checked_at_its_own_inputs() -> None:

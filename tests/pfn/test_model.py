@@ -706,4 +706,6 @@ def test_continuations_can_be_continued() -> None:
         torch.cat([added[0], more[0]], 1), torch.cat([added[1], more[1]], 1)
     )
     torch.testing.assert_close(in_turn.mean, at_once.predict(query).mean, atol=DIGITS, rtol=DIGITS)
-    assert set(at_once.latents()) == {latent.name for latent in LATENTS}  # the first context's
+    latents = at_once.latents()  # the first context's
+    assert set(latents) == {latent.name for latent in LATENTS}
+    assert all(law.batch_shape[:1] == (3,) for law in latents.values())

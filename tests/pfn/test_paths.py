@@ -155,6 +155,24 @@ def test_small_contexts_that_grow_stay_in_their_units(
     assert float((paths.var(0) / predictive.variance).log().abs().mean()) < 0.25
 
 
+def test_far_queries_do_not_change_the_units_of_near_ones(model: pfn.PFN) -> None:
+    x, y = a_task(model, 6, 0, seed=3)
+    fitted = model.condition((x[0], y[0]))
+    seen = fitted._seen(0)
+    more = torch.cat([seen[0], torch.full((1, 3, 1), 4.0)], 1)
+    walked = fitted._encode_anew(seen, more, torch.cat([seen[1], torch.ones(1, 3)], 1))
+    assert walked.units.x_shift.tolist() == [[0.0]]
+    assert walked.units.x_scale.tolist() == [[1.0]]
+    assert walked.units.y_scale.item() != 1.0
+    low, high = float(x.min()), float(x.max())
+    near = torch.linspace(low, high, 6, dtype=torch.float64)
+    far = high + (high - low) * torch.linspace(2, 3, 6, dtype=torch.float64)
+    predictive = fitted.predict(near)
+    paths = fitted.sample_paths(torch.cat([near, far]), 1000)[:, :6]
+    error = (paths.mean(0) - predictive.mean).abs() / predictive.stddev
+    assert float(error.max()) < 0.25
+
+
 def test_known_latents_follow_their_data_into_other_units() -> None:
     model = pfn.load("gp-1d")
     x, y = a_task(model, 9, 0, seed=2)
@@ -253,6 +271,12 @@ def test_alternatives_that_were_added_have_paths_each(model: pfn.PFN) -> None:
     assert paths.shape == (60, 3, 2)
     near = paths[..., 0].mean(0)
     assert near[0] < near[1] < near[2]
+
+
+def test_no_tasks_have_empty_paths_and_evidence(model: pfn.PFN) -> None:
+    fitted = model.condition((torch.ones(0, 5, 1), torch.ones(0, 5)))
+    assert fitted.sample_paths(torch.ones(0, 3, 1), 7).shape == (7, 0, 3)
+    assert fitted.log_evidence().shape == (0,)
 
 
 def test_no_queries_have_empty_paths(model: pfn.PFN) -> None:

@@ -297,6 +297,24 @@ def test_added_observations_count() -> None:
     assert_evidence(refined, SMOOTH.prior.log_evidence(context))
 
 
+def test_added_observations_are_where_they_are_however_far() -> None:
+    x, y = torch.linspace(0, 1, 8).double(), torch.zeros(8).double()
+    fitted = SMOOTH.condition((x, y), standardize=False).extend([20.0], [1.5])
+    whole = SMOOTH.condition((torch.cat([x, x.new_tensor([20.0])]), [*y, 1.5]), standardize=False)
+    query = torch.tensor([5.0, 20.0]).double()
+    both = [each.refine(seed=0).predict(query).mean for each in (fitted, whole)]
+    torch.testing.assert_close(*both, atol=0.1, rtol=0)
+    assert float(both[0][1]) > 0.5
+
+
+def test_latents_that_the_network_was_not_taught_have_units_too(untrained: Path) -> None:
+    (x, y), _, _ = split(SMOOTH, 20)
+    network = pfn.load(untrained)
+    plain, scaled = (network.condition((x, s * y)).refine(seed=0).latents() for s in (1, 100))
+    ratio = float(scaled["noise"].mean / plain["noise"].mean)
+    assert ratio == pytest.approx(100**2, rel=0.3)
+
+
 def test_answers_have_the_type_of_the_query_and_depend_on_no_other_query() -> None:
     context, x_query, _ = split(SMOOTH, 10)
     fitted = SMOOTH.condition(context)
@@ -387,7 +405,7 @@ def test_what_cannot_be_refined_is_refused(untrained: Path) -> None:
     with pytest.raises(ValueError, match="one context"):
         refine(SMOOTH.condition((x, y)))
     fitted = SMOOTH.condition((x[0], y[0]))
-    with pytest.raises(ValueError, match="at least 100 draws; got 10"):
+    with pytest.raises(ValueError, match=r"at least 100 draws, .*got 10"):
         refine(fitted, draws=10)
     with pytest.raises(ValueError, match="Expected query x"):
         refine(fitted).predict(torch.rand(3, 2))
