@@ -201,6 +201,26 @@ def pretrain(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A shipped name or a checkpoint's folder.")],
+    onnx: Annotated[Path, typer.Option(help="Where to write, such as gp.onnx.")],
+    standardize: Annotated[
+        bool, typer.Option(help="Data set their own units; else they are in the prior's.")
+    ] = True,
+) -> None:
+    """Write a checkpoint as ONNX graphs.
+
+    One answers queries on a context; two beside it, -encode and -decode, keep the context.
+    """
+    from pfn.export import export_onnx
+    from pfn.library import load
+
+    _check_outputs(onnx, None)
+    for path in export_onnx(load(model), onnx, standardize=standardize):
+        typer.echo(str(path))
+
+
+@app.command()
 def certify(
     model: Annotated[str, typer.Argument(help="A shipped name or a checkpoint's folder.")],
     tasks: Annotated[int | None, typer.Option(help="Tasks per context size and features.")] = None,

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_exporting
 
 if TYPE_CHECKING:
     from pfn.transformer import TransformerConfig
@@ -39,9 +40,10 @@ RIDGE = 1e-5  # least noise and least variance left, relative to an expert's var
 # lengthscale.
 NEAR = 1e-14
 SCALES = {"rbf": 1.0, "matern52": 5.0, "matern32": 3.0, "plane": 1.0}
-# log(d precision). "plane" is "rbf" of lengthscales above five widths of the box: almost planes.
-# Most of its variance is that of the offset: noise below a thousandth of the squared rise over half
-# a box counts as that, see `RIDGE`.
+# Limits of log(d precision). "plane" is "rbf" of lengthscales above five widths of the box: almost
+# planes. Most of its variance is that of the offset: noise below a thousandth of the squared rise
+# over half a box counts as that, see `RIDGE`.
+LOWEST = -12.0
 HIGHEST = {"rbf": 9.0, "matern52": 9.0, "matern32": 9.0, "plane": -4.6}
 KERNELS = {#              far    p      q    s    t       u       v
            "rbf":      [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0],
@@ -174,11 +176,14 @@ class Experts(nn.Module):
         values, gain = each[:, 0], each[:, 1].exp()
         move = slopes = torch.zeros_like(values)
         points = seen_by_each(e, x, y)
-        for refinement in itertools.islice(self.refinements, self.config.count_refinements(n)):
+        count = len(self.refinements) if is_exporting() else self.config.count_refinements(n)
+        for i, refinement in enumerate(itertools.islice(self.refinements, count)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
                 now = evidence_slopes(self._theta(values), points)
             now = now.view_as(values).to(values).asinh()
             move = gain * refinement(torch.stack([values, now, slopes, move], -1), task)
+            if is_exporting():  # a graph for every n has all refinements
+                move = move * self.config.is_refined(i, torch.full((), n))
             values, slopes = values + move, now
         solved = solve(self._theta(values), points)
         summary = torch.cat([solved.log_evidence / (1 + n), solved.log_variance], -1)
@@ -273,11 +278,12 @@ def to_theta(values: Tensor, kernels: tuple[str, ...]) -> Theta:
         kernels: names in `KERNELS`, each of about an equal part of the experts, in this order.
     """
     b, e, d = *values.shape[:2], values.shape[-1] - GLOBALS
-    low, high, log_scale = _limits(kernels, e, d, values.dtype, values.device)
-    limited = values.clamp(low, high)
-    metric = torch.add(log_scale, limited[..., :d], alpha=0.5).exp()
-    noise, mean, log_variance = limited[..., d:].flatten(0, 1).split(1, dim=-1)
-    kernel = _kernels(kernels, b, e, values.dtype, values.device)
+    features, shared = values[..., :d], values[..., d:]
+    highest, low, high, scale = _limits(kernels, e, values.dtype, values.device)
+    limited = torch.minimum(features, highest).clamp_min(LOWEST)
+    metric = (0.5 * limited).exp() * (scale / d).sqrt()
+    noise, mean, log_variance = shared.clamp(low, high).flatten(0, 1).split(1, dim=-1)
+    kernel = _kernels(kernels, e, values.dtype, values.device).repeat(1, b, 1, 1).unbind()
     return Theta(e, kernel, metric.flatten(0, 1).unsqueeze(1), noise.exp(), mean, log_variance)
 
 
@@ -298,7 +304,7 @@ def solve(theta: Theta, points: Points) -> Solved:
     precision, log_determinant = _apply(_Inverse, correlation(theta, place, place), theta.noise)
     pull, square = _pull(theta, precision, points)
     log_variance = _log_variance(theta, square, n)
-    constant = n * (log_variance + math.log(2 * math.pi))
+    constant = torch.full_like(square, n) * (log_variance + math.log(2 * math.pi))
     log_evidence = -0.5 * (square * (-log_variance).exp() + constant + log_determinant)
     return Solved(theta, place, precision, pull, log_variance, log_evidence)
 
@@ -337,7 +343,8 @@ def _pull(theta: Theta, precision: Tensor, points: Points) -> tuple[Tensor, Tens
 
 def _log_variance(theta: Theta, square: Tensor, n: int) -> Tensor:
     """The proposed variance times what the residuals say of it, both weighed, (g, 1)."""
-    return theta.log_variance + ((PSEUDO_COUNT + square) / (PSEUDO_COUNT + n)).log()
+    count = torch.full_like(square, n)
+    return theta.log_variance + ((PSEUDO_COUNT + square) / (PSEUDO_COUNT + count)).log()
 
 
 def add(solved: Solved, points: Points) -> Added:
@@ -393,7 +400,7 @@ def _from_context(solved: Solved, place: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tile(solved: Solved) -> int:
     """Queries at once: on a CPU as many as its cache holds the correlations of."""
-    if solved.pull.device.type != "cpu":
+    if solved.pull.device.type != "cpu" or is_exporting():
         return 2**31
     return max(32, CACHED // max(1, solved.pull.numel()))
 
@@ -471,27 +478,27 @@ def _squared_distance(left: Tensor, right: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept may meet gradients later
 def _kernels(
-    kernels: tuple[str, ...], tasks: int, experts: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    """The columns of `KERNELS` for each expert, (g, 1, 1)."""
+    kernels: tuple[str, ...], experts: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The columns of `KERNELS` for each expert, (columns, e, 1, 1)."""
     rows = [KERNELS[name] for name in kernel_of_each(kernels, experts)]
-    columns = torch.tensor(rows, dtype=dtype).repeat(tasks, 1).T
-    return columns[..., None, None].contiguous().to(device).unbind()
+    return torch.tensor(rows, dtype=dtype, device=device).T[..., None, None].contiguous()
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept may meet gradients later
 def _limits(
-    kernels: tuple[str, ...], experts: int, d: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Least values (d + GLOBALS,), largest (e, ...), and what makes a metric of log precisions."""
+    kernels: tuple[str, ...], experts: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Highest log precisions (e, 1), limits of what features share (GLOBALS,), scales (e, 1)."""
     names = kernel_of_each(kernels, experts)
-    low = torch.tensor([-12.0] * d + [math.log(RIDGE), -math.inf, -10.0], dtype=dtype)
-    rows = [[HIGHEST[name]] * d + [5.0, math.inf, 10.0] for name in names]
-    high = torch.tensor(rows, dtype=dtype)
-    scale = torch.tensor([SCALES[name] for name in names], dtype=dtype)
-    log_scale = 0.5 * (scale.log() - math.log(d)).unsqueeze(-1)
-    return low.to(device), high.to(device), log_scale.to(device)
+    of_each = (
+        [[HIGHEST[name]] for name in names],
+        [math.log(RIDGE), -math.inf, -10.0],
+        [5.0, math.inf, 10.0],
+        [[SCALES[name]] for name in names],
+    )
+    return tuple(torch.tensor(part, dtype=dtype, device=device) for part in of_each)
 
 
 def kernel_of_each(kernels: tuple[str, ...], experts: int) -> list[str]:
@@ -504,6 +511,9 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, correlations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        if is_exporting():
+            wide = correlations.double()
+            return torch.ops.pfn.spd_inverse(wide + noise.double().unsqueeze(-1) * eye(wide))
         matrix = correlations.to(torch.float64, copy=True)
         matrix.diagonal(dim1=1, dim2=2).add_(noise)
         factor = cholesky(matrix)

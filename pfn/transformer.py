@@ -106,6 +106,10 @@ class TransformerConfig:
         """For n context points: one more where they double, as more data say more."""
         return min(max(self.least_refinements, int(math.log2(1 + n)) - 2), self.refinements)
 
+    def is_refined(self, i: int, n: Tensor) -> Tensor:
+        """Whether experts take refinement i, from 0 on, on n context points."""
+        return (1 + n >= 2 ** (i + 3)) | (i < self.least_refinements)
+
     @property
     def latent_slots(self) -> int:
         """Scalars needed to hold all latents: one each, one per feature, or one per category."""
@@ -241,7 +245,7 @@ class Block(nn.Module):
     def metric(self, normed_task: Tensor, d: int) -> Tensor:
         """Square roots of the precisions (b, h, 1, d), from the task token (b, w)."""
         log_precision = _full(self.to_metric(normed_task))
-        log_precision = log_precision.view(len(normed_task), self.heads, 1, self.max_features)
+        log_precision = log_precision.view(-1, self.heads, 1, self.max_features)
         return (0.5 * log_precision[..., :d].clamp(-8, 7)).exp()
 
     def queries(self, normed: Tensor, sharpness: Tensor, *near: Tensor) -> Tensor:

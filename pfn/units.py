@@ -86,7 +86,9 @@ def context_units(x: Tensor, y: Tensor) -> Units:
     x_scale = torch.where(constant, 1.0, high - low)
     if n == 1:
         return Units(x_shift, x_scale, y[:, 0], torch.ones_like(y[:, 0]))
-    y_scale, y_shift = torch.std_mean(y, dim=1)
+    y_shift = y.mean(1)
+    squares = (y - y_shift.unsqueeze(-1)).square().sum(1)
+    y_scale = (squares / torch.full_like(squares, n - 1)).sqrt()
     least, most = y.aminmax(dim=1)
     varies = (most > least) & (y_scale > 0)  # rounding gives constants a tiny spread
     return Units(x_shift, x_scale, y_shift, torch.where(varies, y_scale, 1.0))

@@ -1,0 +1,111 @@
+"""ONNX graphs in onnxruntime against torch: all sizes free, in the units of the data."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+import pfn
+from pfn.export import ANSWERS, export_onnx
+from pfn.predictive import Predictive
+
+Graph = onnxruntime.InferenceSession
+
+
+def start(path: Path) -> Graph:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return export_onnx(pfn.load("gp"), tmp_path_factory.mktemp("onnx") / "gp.onnx")
+
+
+@pytest.fixture(scope="module")
+def graphs(paths: list[Path]) -> list[Graph]:
+    return [start(path) for path in paths]
+
+
+def data(b: int, n: int, m: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tasks of the prior in other units."""
+    generator = torch.Generator().manual_seed(n)
+    model = pfn.load("gp")
+    assert model.prior is not None
+    tasks = model.prior.sample(b, n + m, d, generator=generator)
+    x, y = 3 * tasks.x - 7, 10 * tasks.y + 3
+    return x[:, :n], y[:, :n], x[:, n:]
+
+
+def as_predictives(answers: list[Any]) -> list[Predictive]:
+    """Of observations and of the function."""
+    parts = [torch.from_numpy(part) for part in answers]
+    return [Predictive(*parts[:3]), Predictive(*parts[3:])]
+
+
+def assert_equal(answers: list[Any], context: tuple[Tensor, Tensor], query: Tensor) -> None:
+    scale = context[1].std(1, keepdim=True) if context[1].shape[1] > 1 else 1.0
+    for ours, latent in zip(as_predictives(answers), (False, True), strict=True):
+        theirs = pfn.predict(context, query, model="gp", latent=latent)
+        assert float(((ours.mean - theirs.mean) / scale).abs().max()) < 1e-4
+        assert float(((ours.stddev - theirs.stddev) / scale).abs().max()) < 1e-4
+        levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64).view(3, 1, 1)
+        assert float((ours.cdf(theirs.icdf(levels)) - levels).abs().max()) < 1e-3
+
+
+SIZES = [(1, 20, 7, 1), (3, 100, 50, 3), (2, 60, 5, 12), (1, 1, 1, 2), (1, 2, 5, 1), (1, 16, 1, 4)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_graphs_answer_as_torch_does_whatever_the_sizes(
+    graphs: list[Graph], sizes: tuple[int, int, int, int]
+) -> None:
+    x, y, query = data(*sizes)
+    whole, encode, decode = graphs
+    feed = {"x": x.numpy(), "y": y.numpy()}
+    asked = {"x_query": query.numpy()}
+    assert_equal(whole.run(list(ANSWERS), feed | asked), (x, y), query)
+    names = [part.name for part in encode.get_outputs()]
+    cache = dict(zip(names, encode.run(names, feed), strict=True))
+    taken = {part.name for part in decode.get_inputs()}
+    assert taken <= {*cache, "x_query"}
+    kept = {name: part for name, part in cache.items() if name in taken}
+    assert_equal(decode.run(list(ANSWERS), kept | asked), (x, y), query)
+
+
+def test_one_context_is_encoded_once_for_all_queries(graphs: list[Graph]) -> None:
+    x, y, query = data(1, 30, 40, 2)
+    _, encode, decode = graphs
+    names = [part.name for part in encode.get_outputs()]
+    cache = dict(zip(names, encode.run(names, {"x": x.numpy(), "y": y.numpy()}), strict=True))
+    taken = {part.name for part in decode.get_inputs()}
+    cache = {name: part for name, part in cache.items() if name in taken}
+    at_once = decode.run(["means"], cache | {"x_query": query.numpy()})[0]
+    one = decode.run(["means"], cache | {"x_query": query[:, 7:8].numpy()})[0]
+    np.testing.assert_allclose(one, at_once[:, 7:8], rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_writes_graphs_that_need_no_torch(untrained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "net.onnx"
+    command = [sys.executable, "-m", "pfn", "export", str(untrained), "--onnx", str(out)]
+    done = subprocess.run(
+        [*command, "--no-standardize"], capture_output=True, text=True, check=True
+    )
+    written = [Path(line) for line in done.stdout.split()]
+    assert written == [out, tmp_path / "net-encode.onnx", tmp_path / "net-decode.onnx"]
+    x, y, query = np.array([[[0.2], [0.7]]]), np.array([[0.5, -0.3]]), np.array([[[0.4]]])
+    answers = start(out).run(list(ANSWERS), {"x": x, "y": y, "x_query": query})
+    theirs = pfn.predict((x, y), query, model=untrained, standardize=False)
+    torch.testing.assert_close(as_predictives(answers)[0].mean, theirs.mean, rtol=1e-4, atol=1e-4)
+
+
+def test_curves_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'curves' reads curves"):
+        export_onnx(pfn.load("curves"), tmp_path / "curves.onnx")
