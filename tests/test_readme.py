@@ -37,7 +37,16 @@ def test_commands_exist() -> None:
     }
     shell = "\n".join(blocks("sh"))
     used = set(re.findall(r"(?:^|/)pfn ([a-z]+)", shell, flags=re.MULTILINE))
-    known = {"demo", "models", "predict", "pretrain", "certify", "export", "optimize", "extrapolate"}
+    known = {
+        "demo",
+        "models",
+        "predict",
+        "pretrain",
+        "certify",
+        "export",
+        "optimize",
+        "extrapolate",
+    }
     assert known == used == commands
     assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
 
