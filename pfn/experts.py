@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from pfn.transformer import TransformerConfig
 
 CACHED = 2**16  # numbers, 512 KiB
+LARGE = 2**27  # numbers, 1 GiB, in the matrices of experts that are solved at once
+REFINED = 2048  # points, evenly spread over larger contexts, that hyperparameters are refined on
 RIDGE = 1e-5  # least noise and least variance left, relative to an expert's variance; tenfold, what
 # the first retry of a Cholesky factorisation adds
 # Correlations (1 + p r + q r^2) exp(-s r - t r^2), and slopes in r^2, (u + v r) exp(-s r - t r^2).
@@ -69,6 +72,10 @@ class Theta(NamedTuple):
     mean: Tensor  # (g, 1)
     log_variance: Tensor  # (g, 1) of the function, before the context's residuals scale it
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Theta:
+        """The same with what a function makes of each part (g, ...)."""
+        return Theta(self.experts, tuple(map(function, self.kernel)), *map(function, self[2:]))
+
 
 class Points(NamedTuple):
     """Data as every expert sees them, in float64."""
@@ -89,10 +96,7 @@ class Solved(NamedTuple):
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Solved:
         """The same with what a function makes of each part (g, ...)."""
-        theta = self.theta
-        kernel = tuple(map(function, theta.kernel))
-        theta = Theta(theta.experts, kernel, *map(function, theta[2:]))
-        return Solved(theta, *map(function, self[1:]))
+        return Solved(self.theta.each(function), *map(function, self[1:]))
 
 
 class Added(NamedTuple):
@@ -175,11 +179,13 @@ class Experts(nn.Module):
         each = torch.cat([each[..., :d], each[..., -GLOBALS:]], -1)  # (b, 2, e, d + GLOBALS)
         values, gain = each[:, 0], each[:, 1].exp()
         move = slopes = torch.zeros_like(values)
-        points = seen_by_each(e, x, y)
+        points = few = seen_by_each(e, x, y)
+        if not is_exporting() and n > REFINED:
+            few = Points(*(part[:, :: -(-n // REFINED)] for part in points))
         count = len(self.refinements) if is_exporting() else self.config.count_refinements(n)
         for i, refinement in enumerate(itertools.islice(self.refinements, count)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
-                now = evidence_slopes(self._theta(values), points)
+                now = evidence_slopes(self._theta(values), few)
             now = now.view_as(values).to(values).asinh()
             move = gain * refinement(torch.stack([values, now, slopes, move], -1), task)
             if is_exporting():  # a graph for every n has all refinements
@@ -299,7 +305,22 @@ def inputs_of_each(experts: int, x: Tensor) -> Tensor:
 
 
 def solve(theta: Theta, points: Points) -> Solved:
-    """Experts on a context."""
+    """Experts on a context: all at once, or one by one where their matrices are large."""
+    (g, n), recorded = points.y.shape, torch.is_grad_enabled()
+    if is_exporting() or recorded or g == 1 or g * n * n <= LARGE:
+        return _solve(theta, points)
+    precision = points.y.new_empty(g, n, n)
+    parts = []
+    for i in range(g):
+        only = operator.itemgetter(slice(i, i + 1))
+        part = _solve(theta.each(only), Points(*map(only, points)))
+        precision[i] = part.precision[0]
+        parts.append((part.place, *part[3:]))
+    place, *rest = (torch.cat(every) for every in zip(*parts, strict=True))
+    return Solved(theta, place, precision, *rest)
+
+
+def _solve(theta: Theta, points: Points) -> Solved:
     n, place = points.y.shape[1], theta.metric * points.x
     precision, log_determinant = _apply(_Inverse, correlation(theta, place, place), theta.noise)
     pull, square = _pull(theta, precision, points)

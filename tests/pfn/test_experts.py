@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pfn
 from pfn.experts import (
     GLOBALS,
     HIGHEST,
@@ -98,6 +99,32 @@ def test_the_variance_is_scaled_by_the_residuals() -> None:
         square = torch.einsum("bi,beij,bj->be", y, by_expert(solved.precision), y)
         expected = values[..., D + 2] + ((1 + square) / (1 + 7)).log()
         torch.testing.assert_close(by_expert(solved.log_variance).squeeze(-1), expected)
+
+
+@torch.no_grad()
+def test_experts_of_large_contexts_are_solved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    theta = to_theta(hyperparameters(), KERNELS)
+    points = seen_by_each(E, draw(2, 7, D).sigmoid(), draw(2, 7, seed=1))
+    at_once = solve(theta, points)
+    monkeypatch.setattr("pfn.experts.LARGE", 7 * 7)
+    for one, other in zip(solve(theta, points)[1:], at_once[1:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_hyperparameters_of_large_contexts_are_refined_on_some_of_their_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = pfn.load("gp-1d")
+    assert model.prior is not None
+    tasks = model.prior.sample(4, 240, 1, generator=torch.Generator().manual_seed(0))
+    x, y, query = tasks.x[:, :220], tasks.y[:, :220], tasks.x[:, 220:]
+    whole = model.predict((x, y), query)
+    monkeypatch.setattr("pfn.experts.REFINED", 80)  # every third
+    some = model.predict((x, y), query)
+    assert not torch.equal(some.mean, whole.mean)
+    assert float((some.mean - whole.mean).abs().div(whole.stddev).max()) < 0.3
+    assert float((some.stddev / whole.stddev).log().abs().max()) < 0.3
 
 
 def test_leaving_one_out_is_solving_without_it() -> None:
