@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pfn import __version__
-from pfn.audits import AuditSizes, audit, default_sizes, histogram, in_words
+from pfn.audits import SIZES, AuditSizes, audit, default_sizes, histogram, in_words
 from pfn.card import write_atomically, write_card
 from pfn.diagnostics import (
     ecdf_test,
@@ -43,12 +43,12 @@ from pfn.fresh_tasks import Progress, Report, Split, draw_tasks
 from pfn.library import find, load
 from pfn.model import PFN
 from pfn.predictive import Predictive
+from pfn.simulation import nearest_observation
 from priors import Prior, ReferencePrior, to_config
 from priors.tasks import knows_posterior
 
 Cell = tuple[int, int]  # context points n and features d
 
-SIZES = (5, 20, 60)  # context points
 SIZES_OF_ONE = (*SIZES, 200)  # where a network has one feature
 FEATURES = (1, 2, 5, 12)
 GROUP = 8  # coverage tasks that share a shape, hence a pass through the network
@@ -333,13 +333,9 @@ def _coverage(
 def _ranks(predictive: Predictive, drawn: Split, generator: torch.Generator) -> Tensor:
     """Of the first query's truth among draws: its density's rank, and that of its distance from the
     nearest observation, (task, 2). A posterior that ignores its data fails the second."""
-    truth, draws = drawn.y_query[:, 0], predictive.sample((DRAWS,), generator=generator).cpu()
-    log_prob = predictive.log_prob(draws.to(predictive.means.device)).cpu()
-    ours = predictive.log_prob(truth.to(predictive.means.device)).cpu()
-    reference = torch.zeros_like(truth)
-    if drawn.x.shape[1]:
-        nearest = (drawn.x - drawn.x_query[:, :1]).square().sum(-1).argmin(1, keepdim=True)
-        reference = drawn.y.gather(1, nearest).squeeze(1)
+    truth, draws = drawn.y_query[:, 0], predictive.sample((DRAWS,), generator=generator)
+    log_prob, ours = predictive.log_prob(draws), predictive.log_prob(truth)
+    reference = nearest_observation(drawn.x, drawn.y, drawn.x_query[:, :1])
     distance = tarp_coverage(
         draws.unsqueeze(-1), truth.unsqueeze(-1), reference.unsqueeze(-1), generator=generator
     )

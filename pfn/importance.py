@@ -30,7 +30,7 @@ from priors.tasks import LatentDensity
 
 AIM = 1.5  # effective draws that a round aims at, per wanted one
 BETTER = 1.2  # times the efficiency of the round before: a fit that is worth another one
-GROWTH = 3  # of the next round, at most, where fits are worth it no more
+FACTOR = 3  # of the next round, at most, where fits are worth it no more
 MOST = 30  # evaluations per wanted effective draw, after which there is no further round
 OF_PRIOR, OF_MARGINALS = 0.1, 0.1  # of a round's draws, in case that the fit misses something
 OF_ALL = 0.1  # of a round's draws are spread evenly over the alternatives
@@ -246,7 +246,7 @@ def _adapt(
         shares = torch.stack([cloud.all().logsumexp(0) for cloud in clouds]).softmax(0)
         improves, before = effective / count > BETTER * before, effective / count
         enough = AIM * draws / before
-        count = math.ceil(min(enough, AIM * draws if improves else GROWTH * count))
+        count = math.ceil(min(enough, AIM * draws if improves else FACTOR * count))
 
 
 def _marginals(density: LatentDensity, known: Mapping[str, Distribution]) -> Predictive:

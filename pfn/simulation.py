@@ -90,7 +90,7 @@ def simulate(
         ours = predictive.log_prob(held_out).squeeze(-1)
         level = expected_coverage(others, ours, generator=generator)
         pit = predictive.cdf(held_out).squeeze(-1).clamp(0, 1)
-        parts.append((pit, level, _nearest(x, y, drawn.x[:, n:])))
+        parts.append((pit, level, nearest_observation(x, y, drawn.x[:, n:])))
     return Simulated(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -103,7 +103,7 @@ def judge(simulated: Simulated) -> Verdict:
     return Verdict(ks_test(simulated.pit).p_value, ks_test(simulated.level).p_value, tail)
 
 
-def _nearest(x: Tensor, y: Tensor, x_query: Tensor) -> Tensor:
+def nearest_observation(x: Tensor, y: Tensor, x_query: Tensor) -> Tensor:
     """The observation (task,) of each context whose input is nearest to the query's."""
     if not x.shape[1]:
         return y.new_zeros(len(y))
