@@ -1,17 +1,22 @@
 """The gap against compute: runs of one recipe with other budgets, each at its schedule's end.
 
     pfn pretrain pretrained/recipes/gp.py --seconds 300 --out runs/gp-300
-    python benchmarks/compute.py pretrained/recipes/gp.py runs/gp-300 runs/gp-900 pretrained/gp
+    python benchmarks/compute.py measure pretrained/recipes/gp.py runs/gp-300 pretrained/gp
+    python benchmarks/compute.py fit gp
 
-Cells and tasks are those of the certificate.
+Cells and tasks are those of the certificate. The fit is a power law, by weighted least squares of
+logarithms; all runs answer the same tasks, so that their errors are larger than those of its slope.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import common  # first: it quietens OpenMP before torch starts
+import numpy as np
 import torch
 import typer
 
@@ -20,8 +25,14 @@ from pfn.certify import compute_references, default_cells, gap_by_cell
 from pfn.recipe import load_recipe
 from priors import ReferencePrior
 
+Array = np.ndarray
 
-def main(
+
+app = typer.Typer(help=__doc__)
+
+
+@app.command()
+def measure(
     recipe: Annotated[str, typer.Argument(help="the file that the run followed")],
     runs: Annotated[list[Path], typer.Argument(help="folders of checkpoints made by it")],
     references: Annotated[Path, typer.Option(help="where references are kept")] = Path(
@@ -58,9 +69,39 @@ def main(
     common.save(f"compute-{name}", rows)
 
 
+@app.command()
+def fit(recipe: Annotated[str, typer.Argument(help="the name of one that was measured")]) -> None:
+    """The power law of the measured gaps, and what it says of more compute."""
+    rows = json.loads((common.RESULTS / f"compute-{recipe}.json").read_text())["rows"]
+    seconds, gaps, errors = (
+        np.array([row[name] for row in rows], dtype=float)
+        for name in ("training s", "gap, nats", "standard error")
+    )
+    slope, level, error = power_law(seconds, gaps, errors)
+    last = float(seconds.max())
+    row: dict[str, Any] = {
+        "recipe": recipe,
+        "exponent": slope,
+        "standard error": error,
+        "compute that halves the gap": 2 ** (-1 / slope),
+    }
+    for times in (1, 10, 100):
+        row[f"gap at {times} x {last:.0f} s"] = math.exp(level + slope * math.log(times * last))
+    common.save(f"compute-fit-{recipe}", [row])
+
+
+def power_law(seconds: Array, gaps: Array, errors: Array) -> tuple[float, float, float]:
+    """Slope and level of log gap in log seconds, and the standard error of the slope."""
+    weights = gaps / errors  # one over the standard error of each logarithm
+    design = np.stack([np.log(seconds), np.ones_like(seconds)], 1) * weights[:, None]
+    covariance = np.linalg.inv(design.T @ design)
+    slope, level = covariance @ design.T @ (np.log(gaps) * weights)
+    return float(slope), float(level), math.sqrt(covariance[0, 0])
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

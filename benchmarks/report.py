@@ -22,6 +22,7 @@ HEADINGS = {
     "speed-suggest": "A suggestion of an optimizer",
     "peers": "Training against the `pfns` package",
     "compute-gp": "The gap of `gp` against its training",
+    "compute-fit-gp": "The gap of `gp`, fitted",
     "uci": "Small real tables",
     "functional-priors": "Networks matched to a Gaussian process, on real tables",
     "refine": "Refined answers, beside NUTS",

@@ -299,3 +299,12 @@ def test_the_check_of_the_benchmark_is_that_of_a_context(benchmark_module, monke
     assert [check.verdict for check in alone] == ["consistent", "conflict", "consistent"]
     outlier = list(alone[1].p_values).index("outlier")
     assert found[1][1][outlier] == pytest.approx(alone[1].p_values["outlier"], abs=0.01)
+
+
+def test_a_power_law_is_found_again(benchmark_module) -> None:
+    compute: ModuleType = benchmark_module("compute")
+    seconds = np.array([100.0, 300.0, 4000.0])
+    gaps = 0.2 * seconds**-0.3
+    slope, level, error = compute.power_law(seconds, gaps, 0.1 * gaps)
+    assert (slope, level) == pytest.approx((-0.3, math.log(0.2)))
+    assert error == pytest.approx(0.1 / (math.sqrt(3) * np.log(seconds).std()))
