@@ -1,7 +1,7 @@
 """Serving: ONNX graphs beside torch, the first answer of a process, and what large data take.
 
     python benchmarks/serving.py onnx     one pass and cached contexts, in float32 and in int8
-    python benchmarks/serving.py start    seconds from `import torch` to the first answer
+    python benchmarks/serving.py start    the first answer of a process, after `import torch`
     python benchmarks/serving.py large    seconds and memory of many queries and of many points
 
 On one thread, but for `large`.
@@ -33,12 +33,15 @@ from pfn.predictive import Predictive
 
 app = typer.Typer(help=__doc__)
 FIRST = """
-import time, torch
-x = torch.rand(50, 3, dtype=torch.float64)
+import time
 began = time.perf_counter()
+import torch
+torch.set_num_threads(1)
+x = torch.rand(50, 3, dtype=torch.float64)
+imported = time.perf_counter()
 import pfn
 pfn.predict((x, x.sum(1)), x[:5], model="gp").mean
-print(time.perf_counter() - began)
+print(imported - began, time.perf_counter() - imported)
 """
 LARGE = """
 import json, resource, time, torch, pfn
@@ -112,9 +115,14 @@ def onnx(model: str = "gp", n: int = 100, m: int = 100, d: int = 3, tasks: int =
 
 @app.command()
 def start(repeats: int = 9) -> None:
-    """The first answer of a fresh process, after `import torch`."""
-    seconds = [float(_run(FIRST)) for _ in range(repeats)]
-    row = {"median, s": statistics.median(seconds), "slowest, s": max(seconds)}
+    """The first answer of a fresh process: seconds of `import torch`, and after it."""
+    torch.set_num_threads(1)
+    torchs, ours = zip(*(map(float, _run(FIRST).split()) for _ in range(repeats)), strict=True)
+    row = {
+        "import torch, s": statistics.median(torchs),
+        "then import pfn and predict, s": statistics.median(ours),
+        "the slowest, s": max(ours),
+    }
     common.save("serving-start", [row], repeats=repeats)
 
 

@@ -19,21 +19,21 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_exporting
 
 if TYPE_CHECKING:
     from pfn.transformer import TransformerConfig
 
 CACHED = 2**16  # numbers, 512 KiB
 LARGE = 2**27  # numbers, 1 GiB, in the matrices of experts that are solved at once
-REFINED = 2048  # points, evenly spread over larger contexts, that hyperparameters are refined on
+REFINED = 2048  # points of larger contexts that hyperparameters are refined on
 RIDGE = 1e-5  # least noise and least variance left, relative to an expert's variance; tenfold, what
 # the first retry of a Cholesky factorisation adds
 # Correlations (1 + p r + q r^2) exp(-s r - t r^2), and slopes in r^2, (u + v r) exp(-s r - t r^2).
@@ -54,6 +54,7 @@ KERNELS = {#              far    p      q    s    t       u       v
            "matern32": [300.0, 1.0, 0.0, 1.0, 0.0, -1 / 2, 0.0],
            "plane":    [100.0, 0.0, 0.0, 0.0, 0.5, -1 / 2, 0.0]}  # fmt: skip
 PSEUDO_COUNT = 1.0  # weight of a proposed variance beside the context's residuals, in observations
+exporting = ContextVar("exporting", default=False)  # to a graph for all n, see `export.py`
 GLOBALS = 3  # hyperparameters besides one lengthscale for each feature: noise, mean, variance
 HIDDEN = 48  # units of a refinement
 # glibc gives freed memory back to the system, to be fetched anew page by page, beyond twice the
@@ -180,15 +181,15 @@ class Experts(nn.Module):
         values, gain = each[:, 0], each[:, 1].exp()
         move = slopes = torch.zeros_like(values)
         points = few = seen_by_each(e, x, y)
-        if not is_exporting() and n > REFINED:
-            few = Points(*(part[:, :: -(-n // REFINED)] for part in points))
-        count = len(self.refinements) if is_exporting() else self.config.count_refinements(n)
+        if not exporting.get() and n > REFINED:
+            few = seen_by_each(e, *_some_of(x, y))
+        count = len(self.refinements) if exporting.get() else self.config.count_refinements(n)
         for i, refinement in enumerate(itertools.islice(self.refinements, count)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
                 now = evidence_slopes(self._theta(values), few)
             now = now.view_as(values).to(values).asinh()
             move = gain * refinement(torch.stack([values, now, slopes, move], -1), task)
-            if is_exporting():  # a graph for every n has all refinements
+            if exporting.get():  # a graph for every n has all refinements
                 move = move * self.config.is_refined(i, torch.full((), n))
             values, slopes = values + move, now
         solved = solve(self._theta(values), points)
@@ -305,19 +306,40 @@ def inputs_of_each(experts: int, x: Tensor) -> Tensor:
 
 
 def solve(theta: Theta, points: Points) -> Solved:
-    """Experts on a context: all at once, or one by one where their matrices are large."""
-    (g, n), recorded = points.y.shape, torch.is_grad_enabled()
-    if is_exporting() or recorded or g == 1 or g * n * n <= LARGE:
+    """Experts on a context; some after the other where their matrices are large."""
+    pieces = list(_pieces(theta, points))
+    if len(pieces) == 1:
         return _solve(theta, points)
-    precision = points.y.new_empty(g, n, n)
-    parts = []
-    for i in range(g):
-        only = operator.itemgetter(slice(i, i + 1))
-        part = _solve(theta.each(only), Points(*map(only, points)))
-        precision[i] = part.precision[0]
+    (g, n), start, parts = points.y.shape, 0, []
+    precision = points.y.new_empty(g, n, n)  # filled, as a copy of it would take as much again
+    for piece in pieces:
+        part = _solve(*piece)
+        precision[start : start + len(part.pull)] = part.precision
+        start += len(part.pull)
         parts.append((part.place, *part[3:]))
     place, *rest = (torch.cat(every) for every in zip(*parts, strict=True))
     return Solved(theta, place, precision, *rest)
+
+
+def _pieces(theta: Theta, points: Points) -> Iterator[tuple[Theta, Points]]:
+    """Experts whose matrices together have at most `LARGE` numbers, unless gradients need all."""
+    g, n = points.y.shape
+    is_recorded = torch.is_grad_enabled() and (theta.metric.requires_grad or points.y.requires_grad)
+    if exporting.get() or is_recorded or g * n * n <= LARGE:
+        yield theta, points
+        return
+    size = max(1, LARGE // (n * n))
+    for start in range(0, g, size):
+        only = operator.itemgetter(slice(start, start + size))
+        yield theta.each(only), Points(*map(only, points))
+
+
+def _some_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """`REFINED` rows of x (b, n, d), y (b, n), chosen by what is in them, whatever their order."""
+    weights = torch.arange(2, 2 + x.shape[-1], dtype=torch.float64, device=x.device).sqrt()
+    key = 100 * (x.double() @ weights + math.pi * y.double())
+    chosen = key.frac().abs().topk(REFINED, dim=1, largest=False).indices
+    return x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1])), y.gather(1, chosen)
 
 
 def _solve(theta: Theta, points: Points) -> Solved:
@@ -337,6 +359,10 @@ def evidence_slopes(theta: Theta, points: Points) -> Tensor:
 
     Reference: Rasmussen and Williams, equation 5.9.
     """
+    return torch.cat([_slopes(*part) for part in _pieces(theta, points)])
+
+
+def _slopes(theta: Theta, points: Points) -> Tensor:
     n, place = points.y.shape[1], theta.metric * points.x
     value, by_distance = _apply(_Correlation, _squared_distance(place, place), theta.kernel, True)
     precision, _ = _apply(_Inverse, value, theta.noise)
@@ -421,7 +447,7 @@ def _from_context(solved: Solved, place: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tile(solved: Solved) -> int:
     """Queries at once: on a CPU as many as its cache holds the correlations of."""
-    if solved.pull.device.type != "cpu" or is_exporting():
+    if solved.pull.device.type != "cpu" or exporting.get():
         return 2**31
     return max(32, CACHED // max(1, solved.pull.numel()))
 
@@ -532,7 +558,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, correlations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        if is_exporting():
+        if exporting.get():
             wide = correlations.double()
             return torch.ops.pfn.spd_inverse(wide + noise.double().unsqueeze(-1) * eye(wide))
         matrix = correlations.to(torch.float64, copy=True)

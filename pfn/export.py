@@ -10,6 +10,7 @@ Read `transformer.py` first; `onnx_functions.py` has the linear algebra that ONN
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from pfn.experts import exporting
 from pfn.model import PFN
 from pfn.transformer import Encoded, Final, Mixture, Scaling, Transformer
 from pfn.units import FromContext, Units, context_units, prior_units
@@ -61,21 +63,22 @@ def export_onnx(pfn: PFN, path: str | Path, *, standardize: bool = True) -> list
         ValueError: a model of curves.
         ImportError: without the extra `onnx`.
     """
-    network, card = pfn.transformer, pfn.card
-    if not isinstance(network, Transformer):
+    card = pfn.card
+    if not isinstance(pfn.transformer, Transformer):
         raise ValueError(
             f"Expected a model of points in any order; {card.name!r} reads curves and has no ONNX"
             " form."
         )
+    network = copy.deepcopy(pfn.transformer).cpu().float().eval()
     path = Path(path)
     base = path.with_suffix("") if path.suffix == ".onnx" else path
     most = network.config.max_features
-    few, more = _example(2, 7, 5, 1 + (most > 1)), _example(3, 9, 8, min(3, most))
-    whole = Whole(network, standardize).eval()
-    encode = Encode(network, standardize).eval()
-    caches = [encode(*data[:2]) for data in (few, more)]  # the network keeps constants: real ones
+    few, more = _example(2, 7, 5, min(2, most)), _example(3, 9, 8, 3 if most > 2 else 1)
+    whole, encode = Whole(network, standardize).eval(), Encode(network, standardize).eval()
+    with torch.no_grad():  # and the network keeps constants for later, which are to be real
+        caches = [encode(*data[:2]) for data in (few, more)]
     parts = tuple(f"cache_{i}" for i in range(len(caches[0])))
-    decode = Decode(network, encode.form)
+    decode = Decode(network, encode.form).eval()
     paths = [base.with_name(base.name + end) for end in (".onnx", "-encode.onnx", "-decode.onnx")]
     _write(whole, (few, more), ("x", "y", "x_query"), ANSWERS, paths[0])
     _write(encode, (few[:2], more[:2]), ("x", "y"), parts, paths[1])
@@ -188,18 +191,22 @@ def _write(
     def inverse(matrix: Any) -> Any:
         return onnx_functions.spd_inverse(matrix)
 
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module,
-            examples[0],
-            dynamo=True,
-            dynamic_shapes=(free,) if isinstance(module, Decode) else free,
-            input_names=inputs,
-            output_names=outputs,
-            opset_version=OPSET,
-            custom_translation_table={torch.ops.pfn.spd_inverse.default: inverse},
-            verbose=False,
-        )
+    token = exporting.set(True)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                examples[0],
+                dynamo=True,
+                dynamic_shapes=(free,) if isinstance(module, Decode) else free,
+                input_names=inputs,
+                output_names=outputs,
+                opset_version=OPSET,
+                custom_translation_table={torch.ops.pfn.spd_inverse.default: inverse},
+                verbose=False,
+            )
+    finally:
+        exporting.reset(token)
     assert program is not None
     program.save(path)

@@ -470,7 +470,7 @@ class Fitted:
     def draw(self, x_query: Any, draws: int, kinds: tuple[bool, ...], seed: int) -> list[Tensor]:
         """Paths as of `sample_paths`: latent ones and the observations that go with them.
 
-        Of more queries than a draw visits (`paths.MOST`), those beyond go with none.
+        At queries beyond those that a draw visits (`paths.MOST`) the two are drawn independently.
         """
         x, dtype = check_query(x_query, self.context)
         transformer, keys = self.pfn.transformer, self._encoded.layers[0].key

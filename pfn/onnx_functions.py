@@ -3,7 +3,7 @@
 Gauss-Jordan elimination by blocks. Each step inverts the first diagonal block, pivot by pivot,
 eliminates it from the rest, and rotates the matrix by one block, so that the next is first; after
 as many steps as there are blocks all are in place again. It needs no pivoting, for each diagonal
-block is then the Schur complement of those before it. As fast as LAPACK on one thread.
+block is then the Schur complement of those before it.
 
 Read `export.py` first. This module is a graph in Python's syntax: onnxscript compiles it.
 

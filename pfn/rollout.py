@@ -200,7 +200,7 @@ class ExpertsWalk:
         pull = torch.linalg.solve_triangular(
             self._factor.mT, self._white.unsqueeze(-1), upper=True
         ).squeeze(-1)
-        mean[..., :k] = self._values.unsqueeze(1) - self._noise.unsqueeze(-1) * pull
+        mean[..., :k] = self._values.unsqueeze(1) - self._noise_of_factor * pull
         if k < mean.shape[-1]:
             for some in self._pieces(mean.shape[-1]):
                 said = pull[some].unsqueeze(-2) @ self._rows(some)[..., k:]
@@ -208,17 +208,23 @@ class ExpertsWalk:
         return self._forecast(mean.mT, self._share.mT)
 
     @functools.cached_property
+    def _noise_of_factor(self) -> Tensor:
+        """The noise (s, e, 1) that the factor has: more where it did not exist with less."""
+        first = self._variances(slice(None))[..., :1]
+        return (self._factor[..., :1, 0].square() - first).expand(len(self._order), -1, -1)
+
+    @functools.cached_property
     def _share(self) -> Tensor:
         """Of the variance at all points, what a walk leaves (s, e, t).
 
         At its own points this follows from the factor alone.
         """
-        k, noise = self._factor.shape[-1], self._noise.unsqueeze(-1)
+        k, noise = self._factor.shape[-1], self._noise_of_factor
         share = torch.empty_like(self._mean)
         for some in self._pieces(k):
-            factor, noise_of = self._factor[some], _of(noise, some)
+            factor, own = self._factor[some], noise[some]
             inverse = torch.linalg.solve_triangular(factor, eye(factor), upper=False)
-            share[some, :, :k] = noise_of * (1 - noise_of * inverse.square_().sum(-2))
+            share[some, :, :k] = own * (1 - own * inverse.square_().sum(-2))
         if k < share.shape[-1]:
             for some in self._pieces(share.shape[-1]):
                 rows = self._rows(some)[..., k:]  # (s, e, k, t - k)
@@ -241,7 +247,7 @@ class ExpertsWalk:
         """
         (s, t), k = self._order.shape, self._factor.shape[-1]
         walks = torch.arange(s, device=chosen.device)
-        noise = self._noise.expand(s, -1)[walks, chosen].unsqueeze(-1)  # (s, 1)
+        noise = self._noise_of_factor[walks, chosen]  # (s, 1)
         z, eps, new = (
             torch.randn(s, size, dtype=torch.float64, device=chosen.device, generator=generator)
             for size in (self._left.shape[-1], k, t)

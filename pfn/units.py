@@ -36,7 +36,7 @@ class Units(NamedTuple):
         return (x - self.x_shift.unsqueeze(-2)) / self.x_scale.unsqueeze(-2)
 
     def map_x(self, x: Tensor) -> Tensor:
-        """The same as the network has them, clamped to `REACH` around the box."""
+        """The same, clamped to `REACH` around the box, as the network has them."""
         return self.to_box(x).clamp(-REACH, 1 + REACH)
 
     def map_y(self, y: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def context_units(x: Tensor, y: Tensor) -> Units:
         return Units(x_shift, x_scale, y[:, 0], torch.ones_like(y[:, 0]))
     y_shift = y.mean(1)
     squares = (y - y_shift.unsqueeze(-1)).square().sum(1)
-    y_scale = (squares / torch.full_like(squares, n - 1)).sqrt()
     least, most = y.aminmax(dim=1)
-    varies = (most > least) & (y_scale > 0)  # rounding gives constants a tiny spread
-    return Units(x_shift, x_scale, y_shift, torch.where(varies, y_scale, 1.0))
+    varies = (most > least) & (squares > 0)  # rounding gives constants a tiny spread
+    variance = torch.where(varies, squares / torch.full_like(squares, n - 1), 1.0)
+    return Units(x_shift, x_scale, y_shift, variance.sqrt())

@@ -64,7 +64,19 @@ def test_all_audits_of_a_network_whose_posterior_is_known(model: pfn.PFN) -> Non
     assert [row["n"] for row in found["given"]] == [5, 20, 60]
 
 
-LEAST = AuditSizes(6, 50, 2, 8, 2, 2, 4, 2, 19, 2, 2)
+LEAST = AuditSizes(
+    joint_tasks=6,
+    joint_draws=50,
+    evidence_tasks=2,
+    evidence_points=8,
+    orders=2,
+    martingale_tasks=2,
+    martingale_draws=4,
+    conflict_tasks=2,
+    conflict_draws=19,
+    latent_tasks=2,
+    given_tasks=2,
+)
 
 
 @pytest.mark.parametrize(

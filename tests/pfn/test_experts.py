@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import pfn
+import pfn.experts
 from pfn.experts import (
     GLOBALS,
     HIGHEST,
@@ -101,14 +103,30 @@ def test_the_variance_is_scaled_by_the_residuals() -> None:
         torch.testing.assert_close(by_expert(solved.log_variance).squeeze(-1), expected)
 
 
-@torch.no_grad()
-def test_experts_of_large_contexts_are_solved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("recorded", "calls"), [(False, 2 * E // 4), (True, 1)])
+def test_experts_of_large_contexts_are_solved_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, recorded: bool, calls: int
+) -> None:
     theta = to_theta(hyperparameters(), KERNELS)
-    points = seen_by_each(E, draw(2, 7, D).sigmoid(), draw(2, 7, seed=1))
-    at_once = solve(theta, points)
-    monkeypatch.setattr("pfn.experts.LARGE", 7 * 7)
+    points = seen_by_each(E, draw(2, 7, D).sigmoid(), draw(2, 7, seed=1).requires_grad_(recorded))
+    at_once, slopes = solve(theta, points), evidence_slopes(theta, points)
+    monkeypatch.setattr("pfn.experts.LARGE", 4 * 7 * 7)
+    counted = Mock(side_effect=pfn.experts._solve)
+    monkeypatch.setattr("pfn.experts._solve", counted)
     for one, other in zip(solve(theta, points)[1:], at_once[1:], strict=True):
         torch.testing.assert_close(one, other)
+    assert counted.call_count == calls
+    torch.testing.assert_close(evidence_slopes(theta, points), slopes)
+
+
+@torch.no_grad()
+def test_rows_of_a_grid_are_chosen_from_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pfn.experts.REFINED", 44)
+    x = torch.cartesian_prod(torch.linspace(0, 1, 44), torch.linspace(0, 1, 5)).unsqueeze(0)
+    chosen, _ = pfn.experts._some_of(x, x.sum(-1))
+    assert chosen.shape == (1, 44, 2)
+    assert len(chosen[0, :, 1].unique()) == 5
+    assert len(chosen[0, :, 0].unique()) > 20
 
 
 @torch.no_grad()
@@ -120,9 +138,12 @@ def test_hyperparameters_of_large_contexts_are_refined_on_some_of_their_points(
     tasks = model.prior.sample(4, 240, 1, generator=torch.Generator().manual_seed(0))
     x, y, query = tasks.x[:, :220], tasks.y[:, :220], tasks.x[:, 220:]
     whole = model.predict((x, y), query)
-    monkeypatch.setattr("pfn.experts.REFINED", 80)  # every third
+    monkeypatch.setattr("pfn.experts.REFINED", 80)
     some = model.predict((x, y), query)
+    order = torch.randperm(220, generator=torch.Generator().manual_seed(1))
+    shuffled = model.predict((x[:, order], y[:, order]), query)
     assert not torch.equal(some.mean, whole.mean)
+    torch.testing.assert_close(shuffled.mean, some.mean, rtol=1e-3, atol=1e-3)
     assert float((some.mean - whole.mean).abs().div(whole.stddev).max()) < 0.3
     assert float((some.stddev / whole.stddev).log().abs().max()) < 0.3
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import pfn
+import pfn.experts
 from pfn.export import ANSWERS, export_onnx
 from pfn.predictive import Predictive
 
@@ -26,7 +27,12 @@ def start(path: Path) -> Graph:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return export_onnx(pfn.load("gp"), tmp_path_factory.mktemp("onnx") / "gp.onnx")
+    model = pfn.load("gp")
+    model.transformer.train()
+    written = export_onnx(model, tmp_path_factory.mktemp("onnx") / "gp.onnx")
+    assert model.transformer.training  # it is as it was
+    assert not pfn.experts.exporting.get()
+    return written
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +98,18 @@ def test_one_context_is_encoded_once_for_all_queries(graphs: list[Graph]) -> Non
     np.testing.assert_allclose(one, at_once[:, 7:8], rtol=1e-5, atol=1e-5)
 
 
-def test_the_command_writes_graphs_that_need_no_torch(untrained: Path, tmp_path: Path) -> None:
+def test_features_are_free_where_there_are_two(tmp_path: Path) -> None:
+    model = pfn.load("bnn")
+    whole = start(export_onnx(model, tmp_path / "bnn.onnx")[0])
+    for d in (1, 2):
+        x, y, query = data(1, 9, 4, d)
+        feed = {"x": x.numpy(), "y": y.numpy(), "x_query": query.numpy()}
+        ours = as_predictives(whole.run(list(ANSWERS), feed))[0]
+        error = (ours.mean - model.predict((x, y), query).mean).abs() / y.std()
+        assert float(error.max()) < 1e-4
+
+
+def test_the_command_writes_graphs(untrained: Path, tmp_path: Path) -> None:
     out = tmp_path / "net.onnx"
     command = [sys.executable, "-m", "pfn", "export", str(untrained), "--onnx", str(out)]
     done = subprocess.run(

@@ -459,6 +459,13 @@ def test_given_latents_are_in_the_units_of_the_data() -> None:
     assert ((plain.mean - MODEL.predict((x, y), x_query).mean).abs() > 1e-3).all()
 
 
+def test_gradients_exist_where_targets_are_constant() -> None:
+    x, y = draw(2, 6, 2), torch.stack([torch.ones(6), draw(6).float()]).requires_grad_()
+    MODEL.predict((x, y), draw(2, 3, 2, seed=1)).mean.sum().backward()
+    assert y.grad is not None
+    assert bool(y.grad.isfinite().all())
+
+
 def test_given_latents_are_told_as_they_were_given() -> None:
     given = {"noise": 0.01, "lengthscale": [0.4, 2.0], "mean": -0.2, "kernel": "rbf"}
     fitted = MODEL.condition((draw(7, 2), 30 * draw(7) + 100), given=given)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import pfn
+from pfn.experts import RIDGE, cholesky, eye
 from pfn.paths import BLOCK, LARGEST, MOST, _blocks, _legs
 from pfn.rollout import ExpertsWalk, Rollout
 from pfn.units import context_units, prior_units
@@ -99,6 +100,34 @@ def test_residuals_have_an_experts_covariance_given_the_walk(model: pfn.PFN, alo
     std = (covariance.diagonal() + noise).sqrt()
     expected = (covariance + noise * torch.eye(10)) / std / std.unsqueeze(-1)
     torch.testing.assert_close(torch.cov(noisy.T), expected, atol=0.035, rtol=0)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@torch.no_grad()
+def test_what_is_left_of_visited_points_follows_from_the_factor(
+    model: pfn.PFN, monkeypatch: pytest.MonkeyPatch, ridge: float
+) -> None:
+    """As conditioning on them says, also where they were factorised with more noise."""
+    monkeypatch.setattr("pfn.rollout.cholesky", lambda m: cholesky(m + ridge * eye(m)))
+    x, y = (part.float() for part in a_task(model, 8, 6))
+    solved = model.transformer.encode(x[:, :8], y[:, :8]).solved
+    order = torch.tensor([[3, 0, 5, 1, 2, 4], [0, 1, 2, 3, 4, 5]])
+    walk, k = ExpertsWalk(solved, x[:, 8:], order, 4), 4
+    values = torch.randn(2, k, generator=torch.Generator().manual_seed(0))
+    walk.expect_next(k)
+    walk.tell(values)
+    said = walk.expect_all()
+    noise = (walk._noise + ridge).unsqueeze(-1)
+    for s in range(2):
+        left = walk._left[0][:, order[s]][:, :, order[s]]
+        inverse = torch.linalg.inv(left[:, :k, :k] + noise[0].unsqueeze(-1) * torch.eye(k))
+        weights = left[:, :, :k] @ inverse
+        residual = values[s].double() - walk._mean[s, :, :k]
+        mean = walk._mean[s] + (weights @ residual.unsqueeze(-1)).squeeze(-1)
+        share = left.diagonal(dim1=1, dim2=2) - (weights * left[:, :, :k]).sum(-1)
+        torch.testing.assert_close(said.mean[s].mT, mean)
+        variance = walk._log_variance[0].exp().unsqueeze(-1) * share.clamp_min(RIDGE)
+        torch.testing.assert_close(said.variance[s].mT, variance, rtol=1e-6, atol=1e-9)
 
 
 def covariance_of(posterior: Distribution) -> Tensor:
