@@ -11,6 +11,7 @@ Read `transformer.py` first; `onnx_functions.py` has the linear algebra that ONN
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,8 +192,10 @@ def _write(
     def inverse(matrix: Any) -> Any:
         return onnx_functions.spd_inverse(matrix)
 
-    token = exporting.set(True)
+    logger = logging.getLogger("torch.onnx")
+    level, token = logger.level, exporting.set(True)
     try:
+        logger.setLevel(logging.ERROR)  # it warns of torchvision, which nothing here uses
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -207,6 +210,7 @@ def _write(
                 verbose=False,
             )
     finally:
+        logger.setLevel(level)
         exporting.reset(token)
     assert program is not None
     program.save(path)

@@ -522,11 +522,13 @@ class Fitted:
     def _encode_anew(self, seen: Seen, x: Tensor, y: Tensor) -> Walked:
         """Larger contexts (s, n, d), (s, n), in the units of the one that was seen.
 
-        Where that set the units of y, these set their own; those of x stay, so that far queries do
-        not change what is said of near ones.
+        Where that set the units of y, these set their own, unless it had no spread to set them by;
+        those of x stay, so that far queries do not change what is said of near ones.
         """
-        _, _, known, own = seen
+        _, first, known, own = seen
         units = prior_units(x, y)
+        if own.y and bool((first == first[:, :1]).all()):
+            own = own._replace(y=False)
         if own.y:
             fresh = context_units(x, y)
             units = units._replace(y_shift=fresh.y_shift, y_scale=fresh.y_scale)

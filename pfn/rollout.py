@@ -25,6 +25,7 @@ from torch import Tensor
 from pfn.experts import RIDGE, Forecast, Solved, cholesky, correlation, eye, inputs_of_each
 from pfn.transformer import Encoded, EncodedLayer, Final, Transformer, attend, place
 
+JITTER = 1e-10  # on the diagonal of covariances to draw from; tenfold where it does not suffice
 FEW = 2  # tokens of each walk, for which keys that all walks share are not worth copying
 PIECE = 2**20  # numbers, 8 MiB: memory of larger tensors goes back to the system after each use
 
@@ -272,7 +273,7 @@ class ExpertsWalk:
 
     def _draw_left(self, chosen: Tensor, z: Tensor) -> Tensor:
         """Draws (s, t) of one expert's function given the context, of normal z (s, m or t)."""
-        ridge = RIDGE * eye(self._left)
+        ridge = JITTER * eye(self._left)
         if not self._shared:
             walks = torch.arange(len(chosen), device=chosen.device)
             factor = cholesky(self._left[walks, chosen] + ridge)
@@ -325,12 +326,24 @@ class ExpertsWalk:
 
 
 def _given_context(solved: Solved, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (b, e, m) and relative covariances (b, e, m, m) of the experts at x (b, m, d)."""
-    theta = solved.theta
-    where = theta.metric * inputs_of_each(theta.experts, x)
-    cross = correlation(theta, solved.place, where).double()  # (g, n, m)
-    left = correlation(theta, where, where).double() - cross.mT @ (solved.precision @ cross)
-    mean = theta.mean + torch.bmm(solved.pull.unsqueeze(1), cross).squeeze(1)
+    """Means (b, e, m) and relative covariances (b, e, m, m) of the experts at x (b, m, d).
+
+    All in float64: from correlations in float32, draws on a fine grid would be ragged.
+    """
+    rounded = correlation(solved.theta, solved.place, solved.place).double()
+    centred = rounded @ solved.pull.unsqueeze(-1) + solved.theta.noise.unsqueeze(-1) * (
+        solved.pull.unsqueeze(-1)
+    )
+    theta = solved.theta.each(torch.Tensor.double)
+    place, where = solved.place, theta.metric * inputs_of_each(theta.experts, x)
+    own = correlation(theta, place, place) + theta.noise.unsqueeze(-1) * eye(rounded)
+    factor = cholesky(own)
+    cross = correlation(theta, place, where)  # (g, n, m)
+    sides = torch.cat([cross, centred], -1)
+    white = torch.linalg.solve_triangular(factor, sides, upper=False)
+    weights, white_y = white[..., :-1], white[..., -1:]
+    left = correlation(theta, where, where) - weights.mT @ weights
+    mean = theta.mean + (weights.mT @ white_y).squeeze(-1)
     return mean.unflatten(0, (len(x), -1)), left.unflatten(0, (len(x), -1))
 
 
