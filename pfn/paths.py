@@ -36,7 +36,8 @@ BLOCK = 8  # points are drawn together that are less than this part of those kno
 MOST = 128  # points that a draw visits: as many as networks are trained to add to a context
 GROWTH = 0.5  # points visited before a context is encoded anew with them, as a share of it
 LARGEST = 32  # points of a context that is encoded anew; larger ones take seconds for 500 draws
-ENTRIES = 2**23  # of the matrices of draws that walk at once: 64 MiB, which is about fastest
+ENTRIES = 2**25  # of the matrices of draws that walk at once: 256 MiB
+ANEW = 2**22  # where each draw has a context of its own, which is faster in the cache
 
 
 class Walked(NamedTuple):
@@ -84,7 +85,8 @@ def draw_paths(
     if not m:
         return [told.new_empty(draws, 0) for _ in kinds]
     matrix = max(len(x), LARGEST) * max(k + min(m, MOST), LARGEST)
-    size = max(1, ENTRIES // (network.config.components * matrix))
+    entries = ENTRIES if context.y.shape[1] >= LARGEST else ANEW
+    size = max(1, entries // (network.config.components * matrix))
     parts = []
     for start in range(0, draws, size):
         order = _orders(min(size, draws - start), k, m, generator)
