@@ -37,7 +37,7 @@ MOST = 128  # points that a draw visits: as many as networks are trained to add 
 GROWTH = 0.5  # points visited before a context is encoded anew with them, as a share of it
 LARGEST = 32  # points of a context that is encoded anew; larger ones take seconds for 500 draws
 ENTRIES = 2**25  # of the matrices of draws that walk at once: 256 MiB
-ANEW = 2**22  # where each draw has a context of its own, which is faster in the cache
+ANEW = 2**23  # where each draw has a context of its own, which is faster in the cache
 
 
 class Walked(NamedTuple):
