@@ -89,8 +89,10 @@ def draw_paths(
     size = max(1, entries // (network.config.components * matrix))
     parts = []
     for start in range(0, draws, size):
-        order = _orders(min(size, draws - start), k, m, generator)
-        walks = _walk(network, context, encode, x, order, told, kinds, generator)
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        own = torch.Generator(generator.device).manual_seed(int(seed))  # the same for all kinds
+        order = _orders(min(size, draws - start), k, m, own)
+        walks = _walk(network, context, encode, x, order, told, kinds, own)
         parts.append([path[:, k:] for path in walks])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 

@@ -330,14 +330,12 @@ def _given_context(solved: Solved, x: Tensor) -> tuple[Tensor, Tensor]:
 
     All in float64: from correlations in float32, draws on a fine grid would be ragged.
     """
-    rounded = correlation(solved.theta, solved.place, solved.place).double()
-    centred = rounded @ solved.pull.unsqueeze(-1) + solved.theta.noise.unsqueeze(-1) * (
-        solved.pull.unsqueeze(-1)
-    )
-    theta = solved.theta.each(torch.Tensor.double)
-    place, where = solved.place, theta.metric * inputs_of_each(theta.experts, x)
-    own = correlation(theta, place, place) + theta.noise.unsqueeze(-1) * eye(rounded)
-    factor = cholesky(own)
+    theta, place = solved.theta.each(torch.Tensor.double), solved.place
+    where = theta.metric * inputs_of_each(theta.experts, x)
+    noise = theta.noise.unsqueeze(-1) * eye(solved.precision)
+    rounded = correlation(solved.theta, place, place).double()  # what `pull` was solved with
+    centred = (rounded + noise) @ solved.pull.unsqueeze(-1)  # y less its mean
+    factor = cholesky(correlation(theta, place, place) + noise)
     cross = correlation(theta, place, where)  # (g, n, m)
     sides = torch.cat([cross, centred], -1)
     white = torch.linalg.solve_triangular(factor, sides, upper=False)

@@ -104,9 +104,9 @@ class TransformerConfig:
 
     def count_refinements(self, n: int) -> int:
         """For n context points: one more where they double, as more data say more."""
-        return min(max(self.least_refinements, int(math.log2(1 + n)) - 2), self.refinements)
+        return sum(bool(self.is_refined(i, n)) for i in range(self.refinements))
 
-    def is_refined(self, i: int, n: Tensor) -> Tensor:
+    def is_refined(self, i: int, n: int | Tensor) -> bool | Tensor:
         """Whether experts take refinement i, from 0 on, on n context points."""
         return (1 + n >= 2 ** (i + 3)) | (i < self.least_refinements)
 

@@ -254,7 +254,10 @@ def test_legs_and_blocks_visit_each_point_once(n: int, told: int, visits: int) -
         assert all(count == 1 or BLOCK * count <= n + first for first, count in drawn)
 
 
-def test_observations_are_those_of_the_function_drawn_with_them(model: pfn.PFN) -> None:
+def test_observations_are_those_of_the_function_drawn_with_them(
+    model: pfn.PFN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pfn.paths.ANEW", 2**21)  # 500 draws walk in parts of 227
     x, y = a_task(model, 30, 0, seed=1)
     fitted = model.condition((x[0], y[0]), standardize=False)
     observed, function = fitted.draw(GRID, 500, (False, True), seed=0)
