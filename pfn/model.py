@@ -610,8 +610,7 @@ class Fitted:
         def draw(count: int) -> DataSets:
             return draw_null(self.pfn, observed, self._ready.own, first, count, generator)
 
-        rows = self.context.x if self._added is None else self._rows_and_added()
-        where = self.units.to_box(rows)[0], self.units.to_box(x)[0]
+        where = self.units.to_box(self.rows()[0])[0], self.units.to_box(x)[0]
         with torch.no_grad():
             found = judge(
                 self.pfn.transformer, observed, draw, draws, where, generator, self.context.columns
@@ -619,10 +618,12 @@ class Fitted:
         self._warning = found.reason if found.verdict == "conflict" else None
         return found
 
-    def _rows_and_added(self) -> Tensor:
-        """Inputs (b, n + k, d) of the context and what was added, in the units of the data."""
-        assert self._added is not None
-        return torch.cat([self.context.x, self._added.data_x], 1)
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The context and what was added, (b, n + k, d) and (b, n + k), in the units of the data."""
+        context, added = self.context, self._added
+        if added is None:
+            return context.x, context.y
+        return torch.cat([context.x, added.data_x], 1), torch.cat([context.y, added.data_y], 1)
 
     def refine(self, *, draws: int = 1000, seed: int = 0) -> Refined:
         """The exact posterior, starting from the network's answer; see `pfn.refine.refine`."""

@@ -243,10 +243,7 @@ class _Task(NamedTuple):
 def _read(fitted: Fitted) -> _Task:
     """The context and what the network says of its latents, whatever the units of the data."""
     ready, units = fitted._ready, fitted.units
-    x, y = fitted.context.x, fitted.context.y
-    if fitted._added is not None:
-        x = torch.cat([x, fitted._added.data_x], 1)
-        y = torch.cat([y, fitted._added.data_y], 1)
+    x, y = fitted.rows()
     x, y = units.to_box(x), units.map_y(y)
     in_units_of_prior = ready._replace(units=prior_units(ready.context.x, ready.context.y))
     marginals = Fitted(fitted.pfn, in_units_of_prior, fitted._encoded).latents()
