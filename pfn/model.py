@@ -619,7 +619,7 @@ class Fitted:
         return found
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """The context and what was added, (b, n + k, d) and (b, n + k), in the units of the data."""
+        """x (b, n + k, d) and y (b, n + k) of the context and what was added, in the data's units."""
         context, added = self.context, self._added
         if added is None:
             return context.x, context.y
