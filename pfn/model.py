@@ -619,7 +619,7 @@ class Fitted:
         return found
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """x (b, n + k, d) and y (b, n + k) of the context and what was added, in the data's units."""
+        """x (b, n + k, d), y (b, n + k) of the context and what was added, in units of the data."""
         context, added = self.context, self._added
         if added is None:
             return context.x, context.y
