@@ -12,6 +12,7 @@ is missed counts. Our samplers begin with as many points as `surrogates.minimize
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,8 +31,10 @@ from objectives import PROBLEMS, REAL, Problem, hypervolume
 
 import surrogates
 from pfn.card import read_card
-from pfn.library import find
+from pfn.fresh_tasks import draw_tasks
+from pfn.library import find, load
 from pfn.plot import BLUE, GREY, INK, import_pyplot, quiet
+from priors import optimization
 from surrogates.optimize import STARTUP_TRIALS
 from surrogates.prior_fitted import MODEL
 
@@ -116,6 +119,43 @@ def report(runs: Runs = RUNS) -> None:
     common.save("bo", rows, **{"seeds that chose nothing": unseen, "networks in pairs": pairs})
     common.save("bo-problems", by_problem(methods, losses))
     draw([m for m in methods if m not in EXPENSIVE], losses)
+
+
+@app.command()
+def prior(
+    tasks: Annotated[int, typer.Option(help="for each size of context and number of inputs")] = 100,
+) -> None:
+    """The checkpoint of optimization beside `gp`, on fresh draws of its own prior.
+
+    Both know the bounds, as surrogates do, and the context's units of y.
+    """
+    torch.set_num_threads(1)
+    rows = []
+    for d in (2, 6, 12):
+        bounds = torch.tensor([[0.0] * d, [1.0] * d])
+        for n in (5, 20, 60):
+            drawn = draw_tasks(optimization(), n, d, tasks=tasks, queries=32, seed=2)
+            of_model = {
+                name: load(name).condition((drawn.x, drawn.y), bounds=bounds)
+                for name in (MODEL, "gp")
+            }
+            ours, gp = (
+                fitted.predict(drawn.x_query).log_prob(drawn.y_query).mean(1)
+                for fitted in of_model.values()
+            )
+            ahead = ours - gp
+            rows.append(
+                {
+                    "inputs": d,
+                    "points": n,
+                    MODEL: -float(ours.mean()),
+                    "gp": -float(gp.mean()),
+                    "ahead by, nats": float(ahead.mean()),
+                    "standard error": float(ahead.std() / math.sqrt(tasks)),
+                    "ahead on": float((ahead > 0).double().mean()),
+                }
+            )
+    common.save("bo-prior", rows)
 
 
 def wins(

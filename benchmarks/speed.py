@@ -4,10 +4,10 @@ Contenders take turns and medians are compared, by the clock and in CPU time, on
 `--threads` says otherwise. Sections, each saved to results/speed-SECTION.json:
 
     predict   one `pfn.predict` against fitting and asking BoTorch's SingleTaskGP
-    nuts      one `pfn.predict` against NUTS on the checkpoint's own prior, without its compilation
     cache     one query on an encoded context against a pass over all of it
     sampling  the prior's batched draws against one GPyTorch model per draw
     training  a training step's model FLOP/s against the matrix-product peak at its own shapes
+    recipes   the same of the shipped recipes, and what of their time goes to draws from the prior
     suggest   one suggestion of an optimizer by each surrogate, fit and acquisition
 """
 
@@ -30,7 +30,7 @@ from botorch import fit_gpytorch_mll
 from botorch.exceptions.warnings import InputDataWarning
 from botorch.models import SingleTaskGP
 from botorch.test_functions import Hartmann
-from common import Timing, measure, save
+from common import RECIPES, Timing, measure, save
 from gpytorch.priors import LogNormalPrior
 from optuna.distributions import FloatDistribution
 from torch import Tensor
@@ -39,10 +39,9 @@ from torch.distributions import LogNormal
 import pfn
 import surrogates
 from pfn.monitor import training_flops
-from pfn.pretrain import PretrainConfig, Progress, architecture, plan, pretrain
-from priors import GaussianProcess
-from priors.nuts import Settings
-from priors.reference import nuts_posterior
+from pfn.pretrain import PretrainConfig, Progress, Sizes, architecture, plan, pretrain
+from pfn.recipe import load_recipe
+from priors import GaussianProcess, Prior
 from surrogates.acquisition import suggest
 from surrogates.names import FITS
 from surrogates.spaces import Space
@@ -65,7 +64,7 @@ def main(
         "cache": lambda: cache(model, repeats),
         "sampling": lambda: sampling(repeats),
         "training": lambda: training(repeats),
-        "nuts": lambda: nuts(model, repeats),
+        "recipes": lambda: recipes(repeats),
         "suggest": lambda: suggestions(max(3, repeats // 5)),
     }
     for section in sections or run:
@@ -79,45 +78,6 @@ def predict(model: str, repeats: int) -> Rows:
         tasks = draw_tasks(model, n, m, 5)
         timings = measure({"ours": ask(model, tasks), "rival": fit_and_ask(tasks)}, repeats)
         rows.append(compare(f"n = {n}, m = {m}, d = 5", "SingleTaskGP", timings, goal))
-    return rows
-
-
-def nuts(model: str, repeats: int) -> Rows:
-    """`pfn.predict` against NUTS on the prior that the checkpoint was trained on.
-
-    First as the reference posterior runs it, for every kernel of the prior with an evidence each,
-    then as little of it as one might accept: one chain, for a kernel that is known.
-    """
-    prior = pfn.load(model).prior
-    assert isinstance(prior, GaussianProcess)
-    tasks, rows = draw_tasks(model, 100, 1000, 5), []
-
-    def least(context: tuple[Tensor, Tensor], query: Tensor) -> object:
-        given = {"kernel": 0} if len(prior.kernels) > 1 else None
-        return nuts_posterior(prior, context, query, given=given, settings=Settings(chains=1))
-
-    full = Settings()
-    for what, answer in {
-        f"{len(prior.kernels)} kernels, {full.chains} chains": prior.posterior,
-        "one kernel given, 1 chain": least,
-    }.items():
-        rival, ours = iterate(tasks, answer), ask(model, tasks)
-        began = time.perf_counter()
-        rival()
-        first = time.perf_counter() - began
-        rounds = [
-            {"ours": measure({"ours": ours}, 3)["ours"], "rival": clock(rival)}
-            for _ in range(max(2, repeats // 5))
-        ]
-        timings = {
-            name: Timing(
-                *(median(part) for part in zip(*(each[name] for each in rounds), strict=True))
-            )
-            for name in ("ours", "rival")
-        }
-        label = f"NUTS, {what} of {full.warmup} + {full.draws}"
-        row = compare("n = 100, m = 1000, d = 5", label, timings, 300)
-        rows.append(row | {"its compilation, ms": 1e3 * (first - timings["rival"].wall)})
     return rows
 
 
@@ -247,18 +207,7 @@ def training(repeats: int) -> Rows:
         config = PretrainConfig(
             max_features=12, width=256, heads=8, layers=6, expansion=4, bf16=bf16, tasks=1
         )
-        sizes = [
-            [plan(config, step, part) for part in range(config.micro_batches)]
-            for step in range(repeats + 1)
-        ]
-        config = replace(config, tasks=sum(size.batch for parts in sizes for size in parts))
-        clock = StepClock(config)
-        with tempfile.TemporaryDirectory() as folder:
-            pretrain(prior, config, Path(folder), report=clock)
-        network = architecture(prior, config)
-        useful = sum(
-            training_flops(network, size, config.queries) for parts in sizes[1:] for size in parts
-        )
+        clock, useful = run_steps(prior, config, repeats)
         wall, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))
         rows.append(
             {
@@ -275,6 +224,49 @@ def training(repeats: int) -> Rows:
     return rows
 
 
+def recipes(repeats: int) -> Rows:
+    """Steps of the recipes of the shipped checkpoints, in float32."""
+    rows = []
+    for name in ("gp-1d", "gp", "heavy-tails", "bnn", "bo", "curves"):
+        _, prior, config = load_recipe(str(RECIPES / f"{name}.py"))
+        config = replace(config, bf16=False)
+        clock, useful = run_steps(prior, config, 4 * repeats)
+        _, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))
+        tokens = 4 * repeats * config.tokens
+        rows.append(
+            {
+                "recipe": name,
+                "weights": f"{config.width} wide, {config.layers} layers",
+                "experts": 0 if config.causal else config.components,
+                "tokens/s": tokens / cpu,
+                "GFLOP/s": useful / cpu / 1e9,
+                "peak GFLOP/s": clock.peak() / 1e9,
+                "share of peak": useful / cpu / clock.peak(),
+                "share of draws": sum(clock.sampling[1:]) / len(clock.sampling[1:]),
+            }
+        )
+    return rows
+
+
+def run_steps(prior: Prior, config: PretrainConfig, repeats: int) -> tuple[StepClock, float]:
+    """Times of a first step and `repeats` others, and the operations that these call for."""
+    sizes = [
+        [plan(config, step, part) for part in range(config.micro_batches)]
+        for step in range(repeats + 1)
+    ]
+    tasks = sum(size.batch for parts in sizes for size in parts)
+    config = replace(config, seconds=None, tasks=tasks)
+    clock = StepClock(config)
+    with tempfile.TemporaryDirectory() as folder:
+        pretrain(prior, config, Path(folder), report=clock)
+    network = architecture(prior, config)
+
+    def operations(size: Sizes) -> float:
+        return training_flops(network, size, config.queries)
+
+    return clock, sum(operations(size) for parts in sizes[1:] for size in parts)
+
+
 class StepClock:
     """Called after each training step: keeps its time, and runs matrix products at its shapes."""
 
@@ -283,6 +275,7 @@ class StepClock:
         tokens, w = config.tokens // config.micro_batches, config.width
         hidden = config.expansion * w
         self.steps: list[tuple[float, float]] = []
+        self.sampling: list[float] = []  # share of each step's time
         self.rates: dict[tuple[int, int, int], list[float]] = {}
         self.shapes = [
             (tokens, w, hidden),
@@ -299,6 +292,7 @@ class StepClock:
     def __call__(self, progress: Progress) -> None:
         now = time.perf_counter(), time.process_time()
         self.steps.append((now[0] - self.wall, now[1] - self.cpu))
+        self.sampling.append(progress.sampling_share)
         for (a, b, c), (left, right) in zip(self.shapes, self.operands, strict=True):
             left @ right
             began = time.process_time()

@@ -1,11 +1,11 @@
-"""Design choices at equal compute: the head, the optimizer, the experts, the loss, the features.
+"""Design choices at equal compute: head, optimizer, experts, loss, features, shape and batches.
 
     python benchmarks/studies.py [--only head] [--cpu-seconds 60]
 
-Each run trains a small network (width 64, 2 layers) for the same CPU time on one core, sampling
-included, and is judged at the end of its schedule on tasks that it never saw: by the loss of y in
-nats per query and, for the Gaussian-process prior, its gap to the exact posterior. Runs are kept in
-results/studies-runs.json, so that a stopped study continues.
+Each run trains a small network (width 64, 2 layers unless it says so) for the same CPU time on one
+core, sampling included, and is judged at the end of its schedule on tasks that it never saw: by the
+loss of y in nats per query and, for the Gaussian-process prior of one feature, its gap to the exact
+posterior. Runs are kept in results/studies-runs.json, so that a stopped study continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ from pfn.transformer import Block, Transformer, TransformerConfig
 from priors import GaussianProcess, Prior, ReferencePrior, Tasks
 
 RECIPES = Path(__file__).parent.parent / "pretrained" / "recipes"
-SEEDS = {"head": 2, "loss": 3, "kernels": 3}  # runs per variant, one in the other studies
+SEEDS = {  # runs per variant, one in the other studies
+    "head": 2,
+    "loss": 3,
+    "kernels": 3,
+    "shape": 2,
+    "batch": 2,
+    "contexts": 2,
+    "octaves": 2,
+    "queries": 2,
+}
 CONTEXTS = (2, 8, 32, 128)  # sizes of held-out contexts
 HELD_OUT = 10**9  # a step that no training run reaches
 
@@ -48,7 +57,10 @@ class Variant:
     head: str = "normals"
     components: int = 6
     refinements: int = 6
+    width: int = 64
     layers: int = 2
+    tokens: int = 1024
+    contexts: str = "log-uniform"
     muon: bool = True
     lr: float = 5e-3
     knows: str = "particles"
@@ -62,7 +74,7 @@ class Variant:
         """The trainer's settings: a small network, and none of the auxiliary tasks."""
         return PretrainConfig(
             max_features=12 if self.prior == "gp" else 1,
-            width=64,
+            width=self.width,
             layers=self.layers,
             heads=4,
             components=self.components,
@@ -73,7 +85,7 @@ class Variant:
             seconds=cpu_seconds,
             queries=self.queries,
             particles=32 if self.knows == "particles" else 1,
-            tokens=1024,
+            tokens=self.tokens,
             micro_batches=1,
             buffer_share=0.0,
             standardized_share=0.0,
@@ -102,6 +114,15 @@ STUDIES: dict[str, dict[str, Variant]] = {
     },
     "experts": {f"{count} experts": Variant("gp", components=count) for count in (3, 6, 9)},
     "layers": {f"{count} layers": Variant("gp", layers=count) for count in (1, 2, 4)},
+    "shape": {
+        f"{layers} layers, {width} wide": Variant("gp", width=width, layers=layers)
+        for width, layers in ((96, 1), (64, 2), (48, 4), (32, 8))
+    },
+    "batch": {
+        f"{tokens} tokens, lr {lr}": Variant("gp", tokens=tokens, lr=lr)
+        for tokens, lr in ((512, 3.5e-3), (1024, 5e-3), (2048, 7e-3), (4096, 1e-2))
+    },
+    "contexts": {f"{law} sizes": Variant("gp", contexts=law) for law in ("log-uniform", "uniform")},
     "loss": {
         "8 draws from 32 particles": Variant(),
         "8 draws from one conditional": Variant(knows="conditional"),
@@ -314,7 +335,7 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
     began, step, tasks = time.process_time(), 0, 0
     while (spent := time.process_time() - began) < config.seconds:
         for part in range(config.micro_batches):
-            sizes = plan(config, step, part)
+            sizes = sizes_of(variant, config, step, part)
             loss_y, loss_f = losses(
                 network, _lesson(prior, trunk.config, config, sizes, step, part)
             )
@@ -325,6 +346,17 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
         trunk.zero_grad(set_to_none=True)
         step += 1
     return network, {"steps": step, "tasks": tasks, "cpu_seconds": round(spent, 1)}
+
+
+def sizes_of(variant: Variant, config: PretrainConfig, step: int, part: int) -> Sizes:
+    """The library's sizes of a micro-batch, or as many tokens with contexts of uniform sizes."""
+    sizes = plan(config, step, part)
+    if variant.contexts == "log-uniform":
+        return sizes
+    generator = torch.Generator().manual_seed(step * config.micro_batches + part)
+    n = int(torch.randint(config.max_context + 1, (), generator=generator))
+    tokens = config.tokens / config.micro_batches
+    return sizes._replace(context=n, batch=max(1, round(tokens / (n + config.queries))))
 
 
 def judge(network: Network, variant: Variant, batch: int) -> dict[str, Any]:
