@@ -26,9 +26,13 @@ prior = ScaleMixture(
 )
 
 config = PretrainConfig(
-    max_features=5,
+    max_features=12,
     max_context=128,
+    components=8,
+    least_refinements=3,
     fourier_octaves=3,
+    particles=8,
+    bf16=False,
     lr=5e-3,
-    seconds=1500,
+    seconds=4600,
 )
