@@ -37,6 +37,7 @@ SEEDS = {  # runs per variant, one in the other studies
     "head": 2,
     "loss": 3,
     "kernels": 3,
+    "particles": 2,
     "shape": 2,
     "batch": 2,
     "contexts": 2,
@@ -50,7 +51,7 @@ HELD_OUT = 10**9  # a step that no training run reaches
 @dataclass(frozen=True)
 class Variant:
     """One run's settings. `knows` is what the prior tells of its queries: one draw of each, their
-    conditional given the task's own latents, or these and 31 further particles.
+    conditional given the task's own latents, or these and further `particles`.
     """
 
     prior: str = "gp-1d"
@@ -64,6 +65,7 @@ class Variant:
     muon: bool = True
     lr: float = 5e-3
     knows: str = "particles"
+    particles: int = 32
     kernels: tuple[str, ...] = ("rbf", "matern52", "matern32")
     octaves: int = 6
     queries: int = 24
@@ -84,7 +86,7 @@ class Variant:
             fourier_octaves=self.octaves,
             seconds=cpu_seconds,
             queries=self.queries,
-            particles=32 if self.knows == "particles" else 1,
+            particles=self.particles if self.knows == "particles" else 1,
             tokens=self.tokens,
             micro_batches=1,
             buffer_share=0.0,
@@ -127,6 +129,10 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "8 draws from 32 particles": Variant(),
         "8 draws from one conditional": Variant(knows="conditional"),
         "one draw per query": Variant(knows="draws"),
+    },
+    "particles": {
+        "one conditional": Variant("gp", knows="conditional"),
+        **{f"{count} particles": Variant("gp", particles=count) for count in (4, 8, 16, 32)},
     },
     "kernels": {
         "experts of three kernels": Variant(),
