@@ -105,6 +105,23 @@ def test_a_study_trains_judges_and_remembers(benchmark_module, tmp_path: Path) -
     assert again["loss"] == first["loss"] != other["loss"]
 
 
+def test_contexts_of_uniform_sizes_have_as_many_tokens(benchmark_module) -> None:
+    studies: ModuleType = benchmark_module("studies")
+    uniform = studies.Variant("gp", contexts="uniform")
+    config = uniform.config(1.0)
+
+    sizes = [studies.sizes_of(uniform, config, step, 0) for step in range(400)]
+
+    n = torch.tensor([float(size.context) for size in sizes])
+    error = config.max_context / math.sqrt(12 * len(sizes))
+    assert float(n.mean()) == pytest.approx(config.max_context / 2, abs=4 * error)
+    for size in sizes:
+        per_task = size.context + config.queries
+        assert abs(size.batch * per_task - config.tokens) <= max(per_task / 2, config.queries)
+    own = studies.sizes_of(studies.Variant("gp"), config, 7, 0)
+    assert own == studies.plan(config, 7, 0)
+
+
 def test_contenders_take_turns_and_quick_ones_are_called_several_times(benchmark_module) -> None:
     common: ModuleType = benchmark_module("common")
     calls: list[str] = []
