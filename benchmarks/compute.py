@@ -1,12 +1,13 @@
 """The gap against compute: runs of one recipe with other budgets, each at its schedule's end.
 
-    pfn pretrain pretrained/recipes/gp.py --seconds 300 --out runs/gp-300
-    python benchmarks/compute.py measure pretrained/recipes/gp.py runs/gp-300 pretrained/gp
+    pfn pretrain pretrained/recipes/gp.py --tasks 30000 --out runs/gp-30000
+    python benchmarks/compute.py measure pretrained/recipes/gp.py runs/gp-30000 pretrained/gp
     python benchmarks/compute.py fit gp
 
-Cells and tasks are those of the certificate. The fit is a power law, by weighted least squares of
-logarithms; the runs share their tasks, so that the errors of the gaps are correlated and the stated
-error of the slope is too large.
+Cells are those of the certificate, and so are tasks unless `--tasks` says otherwise. The fit is a
+power law in the number of training tasks, which on one network and prior is proportional to
+compute, by weighted least squares of logarithms; the runs are asked the same, so that the errors of
+the gaps are correlated and the stated error of the slope is too large.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ def measure(
     references: Annotated[Path, typer.Option(help="where references are kept")] = Path(
         "runs/references"
     ),
+    tasks: Annotated[int | None, typer.Option(help="per cell; as in the certificate")] = None,
 ) -> None:
     """Prints one row per run: seconds, tasks, and the gap over the certificate's cells."""
     torch.set_num_threads(1)
     name, prior, config = load_recipe(recipe)
     assert isinstance(prior, ReferencePrior), "a gap needs a reference posterior"
     cells = default_cells(config.max_features, config.max_context)
-    tasks = 200 if config.max_features == 1 else 30
+    tasks = tasks or (200 if config.max_features == 1 else 30)
     answers = compute_references(prior, cells, references, tasks=tasks)
     rows: list[dict[str, Any]] = []
     for folder in runs:
@@ -66,7 +68,7 @@ def measure(
                 **by_n,
             }
         )
-    rows.sort(key=lambda row: row["training s"])
+    rows.sort(key=lambda row: row["tasks"])
     common.save(f"compute-{name}", rows)
 
 
@@ -74,15 +76,15 @@ def measure(
 def fit(recipe: Annotated[str, typer.Argument(help="the name of one that was measured")]) -> None:
     """The power law of the measured gaps, and what it says of more compute."""
     rows = json.loads((common.RESULTS / f"compute-{recipe}.json").read_text())["rows"]
-    seconds, gaps, errors = (
+    tasks, gaps, errors = (
         np.array([row[name] for row in rows], dtype=float)
-        for name in ("training s", "gap, nats", "standard error")
+        for name in ("tasks", "gap, nats", "standard error")
     )
-    slope, error = power_law(seconds, gaps, errors)
-    local = np.diff(np.log(gaps)) / np.diff(np.log(seconds))
+    slope, error = power_law(tasks, gaps, errors)
+    local = np.diff(np.log(gaps)) / np.diff(np.log(tasks))
     rows = [
         {
-            "between": f"{seconds[0]:.0f} and {seconds[-1]:.0f} s",
+            "between": f"{tasks[0]:,.0f} and {tasks[-1]:,.0f} tasks",
             "exponent": slope,
             "standard error": error,
             "compute that halves the gap": 2 ** (-1 / slope),
@@ -92,7 +94,7 @@ def fit(recipe: Annotated[str, typer.Argument(help="the name of one that was mea
     for i, each in enumerate(local):
         rows.append(
             {
-                "between": f"{seconds[i]:.0f} and {seconds[i + 1]:.0f} s",
+                "between": f"{tasks[i]:,.0f} and {tasks[i + 1]:,.0f} tasks",
                 "exponent": float(each),
                 "compute that halves the gap": 2 ** (-1 / each),
                 "gap of ten times the compute": gaps[-1] * 10**each,
@@ -101,10 +103,10 @@ def fit(recipe: Annotated[str, typer.Argument(help="the name of one that was mea
     common.save(f"compute-fit-{recipe}", rows)
 
 
-def power_law(seconds: Array, gaps: Array, errors: Array) -> tuple[float, float]:
-    """The slope of log gap in log seconds, and its standard error."""
+def power_law(tasks: Array, gaps: Array, errors: Array) -> tuple[float, float]:
+    """The slope of log gap in log tasks, and its standard error."""
     weights = gaps / errors  # one over the standard error of each logarithm
-    design = np.stack([np.log(seconds), np.ones_like(seconds)], 1) * weights[:, None]
+    design = np.stack([np.log(tasks), np.ones_like(tasks)], 1) * weights[:, None]
     covariance = np.linalg.inv(design.T @ design)
     slope, _ = covariance @ design.T @ (np.log(gaps) * weights)
     return float(slope), math.sqrt(covariance[0, 0])

@@ -1,24 +1,33 @@
-"""Rewrites the tables of README.md beside it from results/*.json: `python benchmarks/report.py`."""
+"""Rewrites tables that are made of files: `python benchmarks/report.py`.
+
+Those of README.md beside it come from results/*.json; that of certificates, in the README of the
+project, from the cards of the shipped checkpoints.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from common import RESULTS, Row, columns, readable
 
 README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+PROJECT = Path(__file__).parent.parent
+FRONT = PROJECT / "README.md"
+SHIPPED = ("gp-1d", "gp", "heavy-tails", "bnn", "bo", "curves")
 HEADINGS = {
     "speed-predict": "Prediction against a fitted Gaussian process",
-    "speed-nuts": "Prediction against NUTS",
+    "papers-speedup": "Prediction against MLE-II and NUTS",
+    "papers-five": "A known Gaussian process of five features",
     "speed-cache": "A query on a cached context",
     "serving-onnx": "ONNX graphs beside torch",
     "serving-start": "The first answer of a process",
     "serving-large": "Many queries, and many points",
     "speed-sampling": "Prior sampling",
     "speed-training": "A training step against the machine's matrix products",
+    "speed-recipes": "Training steps of the recipes",
     "speed-suggest": "A suggestion of an optimizer",
     "peers": "Training against the `pfns` package",
     "compute-gp": "The gap of `gp` against its training",
@@ -43,6 +52,7 @@ HEADINGS = {
     "stopping-siblings": "Early stopping of runs beside those before",
     "stopping-tasks": "Early stopping, task by task",
     "bo": "Optimization with surrogates and samplers",
+    "bo-prior": "`bo` beside `gp` on draws of its prior",
     "bo-problems": "Losses after 40 evaluations, by problem",
     "studies-loss": "What the prior tells of queries, at equal compute",
     "studies-kernels": "Kernels of experts, at equal compute",
@@ -52,20 +62,82 @@ HEADINGS = {
     "studies-layers": "Numbers of layers, at equal compute",
     "studies-optimizer": "Optimizers, at equal compute",
     "studies-temperature": "Temperatures of attention, at equal compute",
+    "studies-shape": "Width against depth, at equal compute",
+    "studies-batch": "Tokens in a batch, at equal compute",
+    "studies-contexts": "Sizes of contexts, at equal compute",
+    "studies-particles": "Particles behind targets, at equal compute",
     "studies-octaves": "Fourier features, at equal compute",
     "studies-queries": "Queries of a task, at equal compute",
 }
 
 
 def main() -> None:
-    """Writes the README, in which everything outside the two marks stays as it is."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
+    """Writes both files, in which everything outside the marks stays as it is."""
     paths = {name: RESULTS / f"{name}.json" for name in HEADINGS}
     parts = [
         section(name, json.loads(path.read_text())) for name, path in paths.items() if path.exists()
     ]
-    README.write_text("\n\n".join([before + BEGIN, *parts, END + after]), encoding="utf-8")
+    fill(README, "tables", "\n\n".join(parts))
+    fill(FRONT, "certificates", markdown(certificates()))
+
+
+def fill(file: Path, name: str, content: str) -> None:
+    """Puts `content` between the marks "<!-- NAME -->" and "<!-- end of NAME -->" of a file."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = file.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    whole = "\n\n".join([before + begin, content, end + after])
+    file.write_text(whole, encoding="utf-8")
+
+
+def certificates() -> list[Row]:
+    """A row for each figure of a certificate, a column for each shipped checkpoint."""
+    columns = {name: certified(name) for name in SHIPPED}
+    rows = list(dict.fromkeys(label for column in columns.values() for label in column))
+    return [
+        {"": label, **{f"`{name}`": column.get(label, "") for name, column in columns.items()}}
+        for label in rows
+    ]
+
+
+def certified(name: str) -> dict[str, str]:
+    """The certificate of a checkpoint in words."""
+    card = json.loads((PROJECT / "pretrained" / name / "card.json").read_text())
+    certificate = card["certificate"]
+    most = card["architecture"]["max_features"]
+    words = {"features": "1" if most == 1 else f"1 to {most}"}
+    words["points"] = f"0 to {card['max_context']}"
+    if gap := certificate["gap"]:
+        cells = gap["cells"]
+        words["gap, nats per query"] = f"{gap['mean']:.4f} ± {gap['standard_error']:.4f}"
+        for key, label in (("n", "at 5 / 20 / 60 points"), ("d", "of 1 / 2 / 5 / 12 features")):
+            sizes = {"n": (5, 20, 60), "d": sorted({cell["d"] for cell in cells})}[key]
+            means = [fmean(c["mean"] for c in cells if c[key] == size) for size in sizes]
+            words[label] = " / ".join(f"{mean:.3f}" for mean in means)
+    for part in certificate["coverage"]:
+        label = "coverage of 50 / 80 / 90 / 95 %" + ", `standardize`" * part["standardize"]
+        words[label] = " / ".join(f"{100 * each['fraction']:.1f}" for each in part["intervals"])
+    if joint := certificate.get("joint"):
+        errors = [f"{100 * part['error_mean']:.0f}" for part in joint if part["latent"]]
+        words["covariances of drawn functions off by, at 5 / 20 / 60, %"] = " / ".join(errors)
+    if evidence := certificate.get("evidence"):
+        mean, spread = evidence["mean"], evidence["root_mean_square"]
+        words["log evidence less exact, nats a point: mean, r.m.s."] = f"{mean:.3f}, {spread:.3f}"
+    if coherence := certificate.get("coherence"):
+        words["martingale, p"] = f"{coherence['martingale']['p_value']:.3f}"
+    if latents := certificate.get("latents"):
+        words["latents uniform, least p of"] = (
+            f"{min(each['p_value'] for each in latents):.3f} of {len(latents)}"
+        )
+    if conflict := certificate.get("conflict"):
+        alarms, error = 100 * conflict["false_alarms"], 100 * conflict["standard_error"]
+        words["false alarms of `check`, %"] = f"{alarms:.1f} ± {error:.1f}"
+    latency = certificate["latency"]
+    words["1000 queries, ms"] = f"{1e3 * latency['predict_seconds']:.0f}, n = {latency['n']}"
+    words["a query on a kept context, ms"] = f"{1e3 * latency['cached_query_seconds']:.1f}"
+    if latency["reference_seconds"]:
+        words["quadrature or NUTS, s"] = f"{latency['reference_seconds']:.1f}"
+    return words
 
 
 def section(name: str, content: dict[str, Any]) -> str:

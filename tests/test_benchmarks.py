@@ -260,7 +260,10 @@ def test_the_report_writes_tables_between_its_marks_and_nowhere_else(
     (tmp_path / "peers.json").write_text(json.dumps({"rows": rows, **facts}))
     readme = tmp_path / "README.md"
     readme.write_text("Before.\n\n<!-- tables -->\nold\n<!-- end of tables -->\n\nAfter.\n")
+    front = tmp_path / "front.md"
+    front.write_text("A.\n\n<!-- certificates -->\n\n<!-- end of certificates -->\n\nB.\n")
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "FRONT", front)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
 
     report.main()
@@ -271,6 +274,13 @@ def test_the_report_writes_tables_between_its_marks_and_nowhere_else(
     assert once.startswith("Before.\n") and once.endswith("\nAfter.\n")
     assert "| what | ms | ratio |\n| :-- | --: | --: |\n| a | 12.3 |  |\n| b | 1234 | 2 |" in once
     assert "`python x`, today, on one; torch 2." in once
+    assert front.read_text().startswith("A.\n") and front.read_text().endswith("\nB.\n")
+    assert "| gap, nats per query | 0.0" in front.read_text()
+
+
+def test_the_readme_has_the_certificates_of_the_cards(benchmark_module) -> None:
+    report: ModuleType = benchmark_module("report")
+    assert report.markdown(report.certificates()) in report.FRONT.read_text()
 
 
 def test_runs_of_other_weights_do_not_count(benchmark_module, tmp_path: Path) -> None:
@@ -320,8 +330,8 @@ def test_the_check_of_the_benchmark_is_that_of_a_context(benchmark_module, monke
 
 def test_a_power_law_is_found_again(benchmark_module) -> None:
     compute: ModuleType = benchmark_module("compute")
-    seconds = np.array([100.0, 300.0, 4000.0])
-    gaps = 0.2 * seconds**-0.3
-    slope, error = compute.power_law(seconds, gaps, 0.1 * gaps)
+    tasks = np.array([1e4, 3e4, 4e5])
+    gaps = 0.2 * tasks**-0.3
+    slope, error = compute.power_law(tasks, gaps, 0.1 * gaps)
     assert slope == pytest.approx(-0.3)
-    assert error == pytest.approx(0.1 / (math.sqrt(3) * np.log(seconds).std()))
+    assert error == pytest.approx(0.1 / (math.sqrt(3) * np.log(tasks).std()))
