@@ -31,6 +31,12 @@ ANSWERS = tuple(
     f"{kind}{part}" for kind in ("", "latent_") for part in ("log_weights", "means", "stds")
 )
 
+SIZES = {
+    "x": ("batch", "points", "features"),
+    "y": ("batch", "points"),
+    "x_query": ("batch", "queries", "features"),
+}
+
 
 @torch.library.custom_op("pfn::spd_inverse", mutates_args=())
 def spd_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,4 +219,17 @@ def _write(
         logger.setLevel(level)
         exporting.reset(token)
     assert program is not None
+    _name_sizes(program.model)
     program.save(path)
+
+
+def _name_sizes(model: Any) -> None:
+    """Calls the free sizes of a graph's data by their names, wherever they occur alone."""
+    graph, names = model.graph, {}
+    for value in graph.inputs:
+        sizes = zip(value.shape, SIZES.get(value.name, ()), strict=False)
+        names.update({str(size): name for size, name in sizes if not isinstance(size, int)})
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        for axis, size in enumerate(value.shape or ()):
+            if str(size) in names:
+                value.shape[axis] = names[str(size)]

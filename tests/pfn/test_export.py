@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 import pfn
 import pfn.experts
+from pfn.card import ModelCard
 from pfn.export import ANSWERS, export_onnx
 from pfn.predictive import Predictive
+from pfn.transformer import Transformer
 
 Graph = onnxruntime.InferenceSession
 
@@ -86,6 +89,14 @@ def test_graphs_answer_as_torch_does_whatever_the_sizes(
     assert_equal(decode.run(list(ANSWERS), kept | asked), (x, y), query)
 
 
+def test_sizes_have_names(graphs: list[Graph]) -> None:
+    whole, encode, decode = ({part.name: part.shape for part in g.get_inputs()} for g in graphs)
+    assert whole["x"] == encode["x"] == ["batch", "points", "features"]
+    assert whole["y"] == encode["y"] == ["batch", "points"]
+    assert whole["x_query"] == decode["x_query"] == ["batch", "queries", "features"]
+    assert graphs[0].get_outputs()[0].shape[:2] == ["batch", "queries"]
+
+
 def test_one_context_is_encoded_once_for_all_queries(graphs: list[Graph]) -> None:
     x, y, query = data(1, 30, 40, 2)
     _, encode, decode = graphs
@@ -99,8 +110,12 @@ def test_one_context_is_encoded_once_for_all_queries(graphs: list[Graph]) -> Non
 
 
 def test_features_are_free_where_there_are_two(tmp_path: Path) -> None:
-    model = pfn.load("bnn")
-    whole = start(export_onnx(model, tmp_path / "bnn.onnx")[0])
+    config = replace(pfn.load("gp").card.architecture, max_features=2, latents=())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Transformer(config)
+    model = pfn.PFN(network.eval(), ModelCard("two", config, None, max_context=64))
+    whole = start(export_onnx(model, tmp_path / "two.onnx")[0])
     for d in (1, 2):
         x, y, query = data(1, 9, 4, d)
         feed = {"x": x.numpy(), "y": y.numpy(), "x_query": query.numpy()}
