@@ -125,23 +125,22 @@ def report(runs: Runs = RUNS) -> None:
 def prior(
     tasks: Annotated[int, typer.Option(help="for each size of context and number of inputs")] = 100,
 ) -> None:
-    """The checkpoint of optimization beside `gp`, on fresh draws of its own prior.
+    """Negative log densities, in nats per query, of the optimizer's checkpoint and of `gp`.
 
-    Both know the bounds, as surrogates do, and the context's units of y.
+    On fresh draws of the former's prior. Both get the bounds, and set the unit of y by the context,
+    as in `surrogates`.
     """
     torch.set_num_threads(1)
     rows = []
     for d in (2, 6, 12):
         bounds = torch.tensor([[0.0] * d, [1.0] * d])
         for n in (5, 20, 60):
-            drawn = draw_tasks(optimization(), n, d, tasks=tasks, queries=32, seed=2)
-            of_model = {
-                name: load(name).condition((drawn.x, drawn.y), bounds=bounds)
-                for name in (MODEL, "gp")
-            }
+            x, y, x_query, y_query = draw_tasks(
+                optimization(), n, d, tasks=tasks, queries=32, seed=2
+            )
             ours, gp = (
-                fitted.predict(drawn.x_query).log_prob(drawn.y_query).mean(1)
-                for fitted in of_model.values()
+                load(name).predict((x, y), x_query, bounds=bounds).log_prob(y_query).mean(1)
+                for name in (MODEL, "gp")
             )
             ahead = ours - gp
             rows.append(
@@ -152,7 +151,7 @@ def prior(
                     "gp": -float(gp.mean()),
                     "ahead by, nats": float(ahead.mean()),
                     "standard error": float(ahead.std() / math.sqrt(tasks)),
-                    "ahead on": float((ahead > 0).double().mean()),
+                    "ahead on, share of tasks": float((ahead > 0).double().mean()),
                 }
             )
     common.save("bo-prior", rows)

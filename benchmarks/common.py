@@ -30,6 +30,7 @@ from pfn.recipe import processor
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parent.parent / "pretrained" / "recipes"
+SHIPPED = ("gp-1d", "gp", "heavy-tails", "bnn", "bo", "curves")  # checkpoints that have names
 LIBRARIES = ("torch", "numpy", "gpytorch", "botorch", "numpyro", "jax", "pfns")
 
 Row = Mapping[str, Any]

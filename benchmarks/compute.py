@@ -4,10 +4,10 @@
     python benchmarks/compute.py measure pretrained/recipes/gp.py runs/gp-30000 pretrained/gp
     python benchmarks/compute.py fit gp
 
-Cells are those of the certificate, and so are tasks unless `--tasks` says otherwise. The fit is a
-power law in the number of training tasks, which on one network and prior is proportional to
-compute, by weighted least squares of logarithms; the runs are asked the same, so that the errors of
-the gaps are correlated and the stated error of the slope is too large.
+Cells are those of the certificate, and so are their tasks unless `--per-cell` says otherwise. The
+fit is a power law in the number of training tasks, which on one network and prior is proportional
+to compute, by weighted least squares of logarithms; the runs are asked the same, so that the errors
+of the gaps are correlated and the stated error of the slope is too large.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ def measure(
     references: Annotated[Path, typer.Option(help="where references are kept")] = Path(
         "runs/references"
     ),
-    tasks: Annotated[int | None, typer.Option(help="per cell; as in the certificate")] = None,
+    per_cell: Annotated[
+        int | None, typer.Option(help="tasks of each cell; as in the certificate")
+    ] = None,
 ) -> None:
     """Prints one row per run: seconds, tasks, and the gap over the certificate's cells."""
     torch.set_num_threads(1)
     name, prior, config = load_recipe(recipe)
     assert isinstance(prior, ReferencePrior), "a gap needs a reference posterior"
     cells = default_cells(config.max_features, config.max_context)
-    tasks = tasks or (200 if config.max_features == 1 else 30)
-    answers = compute_references(prior, cells, references, tasks=tasks)
+    if per_cell is None:
+        per_cell = 200 if config.max_features == 1 else 30
+    answers = compute_references(prior, cells, references, tasks=per_cell)
     rows: list[dict[str, Any]] = []
     for folder in runs:
         network = pfn.load(folder)

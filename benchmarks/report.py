@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import RESULTS, Row, columns, readable
+from common import RESULTS, SHIPPED, Row, columns, readable
 
 README = Path(__file__).with_name("README.md")
 PROJECT = Path(__file__).parent.parent
-FRONT = PROJECT / "README.md"
-SHIPPED = ("gp-1d", "gp", "heavy-tails", "bnn", "bo", "curves")
+PROJECT_README = PROJECT / "README.md"
 HEADINGS = {
     "speed-predict": "Prediction against a fitted Gaussian process",
     "papers-speedup": "Prediction against MLE-II and NUTS",
@@ -78,7 +77,7 @@ def main() -> None:
         section(name, json.loads(path.read_text())) for name, path in paths.items() if path.exists()
     ]
     fill(README, "tables", "\n\n".join(parts))
-    fill(FRONT, "certificates", markdown(certificates()))
+    fill(PROJECT_README, "certificates", markdown(certificates()))
 
 
 def fill(file: Path, name: str, content: str) -> None:
@@ -92,10 +91,10 @@ def fill(file: Path, name: str, content: str) -> None:
 
 def certificates() -> list[Row]:
     """A row for each figure of a certificate, a column for each shipped checkpoint."""
-    columns = {name: certified(name) for name in SHIPPED}
-    rows = list(dict.fromkeys(label for column in columns.values() for label in column))
+    by_name = {name: certified(name) for name in SHIPPED}
+    rows = dict.fromkeys(label for words in by_name.values() for label in words)
     return [
-        {"": label, **{f"`{name}`": column.get(label, "") for name, column in columns.items()}}
+        {"": label, **{f"`{name}`": words.get(label, "") for name, words in by_name.items()}}
         for label in rows
     ]
 
@@ -103,38 +102,62 @@ def certificates() -> list[Row]:
 def certified(name: str) -> dict[str, str]:
     """The certificate of a checkpoint in words."""
     card = json.loads((PROJECT / "pretrained" / name / "card.json").read_text())
-    certificate = card["certificate"]
-    most = card["architecture"]["max_features"]
+    certificate, most = card["certificate"], card["architecture"]["max_features"]
     words = {"features": "1" if most == 1 else f"1 to {most}"}
     words["points"] = f"0 to {card['max_context']}"
     if gap := certificate["gap"]:
-        cells = gap["cells"]
-        words["gap, nats per query"] = f"{gap['mean']:.4f} ± {gap['standard_error']:.4f}"
-        for key, label in (("n", "at 5 / 20 / 60 points"), ("d", "of 1 / 2 / 5 / 12 features")):
-            sizes = {"n": (5, 20, 60), "d": sorted({cell["d"] for cell in cells})}[key]
-            means = [fmean(c["mean"] for c in cells if c[key] == size) for size in sizes]
-            words[label] = " / ".join(f"{mean:.3f}" for mean in means)
+        words |= gap_in_words(gap)
     for part in certificate["coverage"]:
-        label = "coverage of 50 / 80 / 90 / 95 %" + ", `standardize`" * part["standardize"]
+        masses = " / ".join(f"{100 * each['mass']:.0f}" for each in part["intervals"])
+        label = f"coverage of {masses} %" + (", `standardize`" if part["standardize"] else "")
         words[label] = " / ".join(f"{100 * each['fraction']:.1f}" for each in part["intervals"])
     if joint := certificate.get("joint"):
-        errors = [f"{100 * part['error_mean']:.0f}" for part in joint if part["latent"]]
-        words["covariances of drawn functions off by, at 5 / 20 / 60, %"] = " / ".join(errors)
+        functions = [part for part in joint if part["latent"]]
+        sizes = " / ".join(str(part["n"]) for part in functions)
+        words[f"covariances of drawn functions off by, at {sizes} points, %"] = " / ".join(
+            f"{100 * part['error_mean']:.0f}" for part in functions
+        )
+    return words | audits_in_words(certificate) | latency_in_words(certificate["latency"])
+
+
+def gap_in_words(gap: dict[str, Any]) -> dict[str, str]:
+    """The gap, by points and by features."""
+    words = {"gap, nats per query": f"{gap['mean']:.4f} ± {gap['standard_error']:.4f}"}
+    for n in sorted({cell["n"] for cell in gap["cells"] if cell["n"] <= 60}):
+        mean = fmean(cell["mean"] for cell in gap["cells"] if cell["n"] == n)
+        words[f"at {n} points"] = f"{mean:.3f}"
+    by_features = {
+        d: fmean(cell["mean"] for cell in gap["cells"] if cell["d"] == d)
+        for d in sorted({cell["d"] for cell in gap["cells"]})
+    }
+    words["by features"] = ", ".join(f"{d}: {mean:.3f}" for d, mean in by_features.items())
+    return words
+
+
+def audits_in_words(certificate: dict[str, Any]) -> dict[str, str]:
+    """Evidence, and tests that an exact posterior passes."""
+    words = {}
     if evidence := certificate.get("evidence"):
         mean, spread = evidence["mean"], evidence["root_mean_square"]
         words["log evidence less exact, nats a point: mean, r.m.s."] = f"{mean:.3f}, {spread:.3f}"
     if coherence := certificate.get("coherence"):
         words["martingale, p"] = f"{coherence['martingale']['p_value']:.3f}"
     if latents := certificate.get("latents"):
-        words["latents uniform, least p of"] = (
-            f"{min(each['p_value'] for each in latents):.3f} of {len(latents)}"
-        )
+        least = min(each["p_value"] for each in latents)
+        words["ranks of latents, least p, of how many"] = f"{least:.3f}, {len(latents)}"
     if conflict := certificate.get("conflict"):
         alarms, error = 100 * conflict["false_alarms"], 100 * conflict["standard_error"]
         words["false alarms of `check`, %"] = f"{alarms:.1f} ± {error:.1f}"
-    latency = certificate["latency"]
-    words["1000 queries, ms"] = f"{1e3 * latency['predict_seconds']:.0f}, n = {latency['n']}"
-    words["a query on a kept context, ms"] = f"{1e3 * latency['cached_query_seconds']:.1f}"
+    return words
+
+
+def latency_in_words(latency: dict[str, Any]) -> dict[str, str]:
+    """Times on one thread."""
+    asked, kept = 1e3 * latency["predict_seconds"], 1e3 * latency["cached_query_seconds"]
+    words = {
+        f"{latency['m']} queries, ms": f"{asked:.0f}, n = {latency['n']}",
+        "a query on a kept context, ms": f"{kept:.1f}",
+    }
     if latency["reference_seconds"]:
         words["quadrature or NUTS, s"] = f"{latency['reference_seconds']:.1f}"
     return words

@@ -30,7 +30,7 @@ from botorch import fit_gpytorch_mll
 from botorch.exceptions.warnings import InputDataWarning
 from botorch.models import SingleTaskGP
 from botorch.test_functions import Hartmann
-from common import RECIPES, Timing, measure, save
+from common import RECIPES, SHIPPED, Timing, measure, save
 from gpytorch.priors import LogNormalPrior
 from optuna.distributions import FloatDistribution
 from torch import Tensor
@@ -39,7 +39,7 @@ from torch.distributions import LogNormal
 import pfn
 import surrogates
 from pfn.monitor import training_flops
-from pfn.pretrain import PretrainConfig, Progress, Sizes, architecture, plan, pretrain
+from pfn.pretrain import PretrainConfig, Progress, architecture, plan, pretrain
 from pfn.recipe import load_recipe
 from priors import GaussianProcess, Prior
 from surrogates.acquisition import suggest
@@ -226,23 +226,21 @@ def training(repeats: int) -> Rows:
 
 def recipes(repeats: int) -> Rows:
     """Steps of the recipes of the shipped checkpoints, in float32."""
-    rows = []
-    for name in ("gp-1d", "gp", "heavy-tails", "bnn", "bo", "curves"):
+    rows, steps = [], 4 * repeats  # they are short
+    for name in SHIPPED:
         _, prior, config = load_recipe(str(RECIPES / f"{name}.py"))
-        config = replace(config, bf16=False)
-        clock, useful = run_steps(prior, config, 4 * repeats)
-        _, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))
-        tokens = 4 * repeats * config.tokens
+        clock, useful = run_steps(prior, replace(config, bf16=False), steps)
+        wall, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))
         rows.append(
             {
                 "recipe": name,
-                "weights": f"{config.width} wide, {config.layers} layers",
+                "network": f"{config.width} wide, {config.layers} layers",
                 "experts": 0 if config.causal else config.components,
-                "tokens/s": tokens / cpu,
+                "tokens/s": sum(clock.tokens[1:]) / cpu,
                 "GFLOP/s": useful / cpu / 1e9,
                 "peak GFLOP/s": clock.peak() / 1e9,
                 "share of peak": useful / cpu / clock.peak(),
-                "share of draws": sum(clock.sampling[1:]) / len(clock.sampling[1:]),
+                "share of draws": sum(clock.sampling[1:]) / wall,
             }
         )
     return rows
@@ -260,11 +258,9 @@ def run_steps(prior: Prior, config: PretrainConfig, repeats: int) -> tuple[StepC
     with tempfile.TemporaryDirectory() as folder:
         pretrain(prior, config, Path(folder), report=clock)
     network = architecture(prior, config)
-
-    def operations(size: Sizes) -> float:
-        return training_flops(network, size, config.queries)
-
-    return clock, sum(operations(size) for parts in sizes[1:] for size in parts)
+    return clock, sum(
+        training_flops(network, size, config.queries) for parts in sizes[1:] for size in parts
+    )
 
 
 class StepClock:
@@ -275,7 +271,8 @@ class StepClock:
         tokens, w = config.tokens // config.micro_batches, config.width
         hidden = config.expansion * w
         self.steps: list[tuple[float, float]] = []
-        self.sampling: list[float] = []  # share of each step's time
+        self.sampling: list[float] = []  # seconds of each step
+        self.tokens: list[float] = []
         self.rates: dict[tuple[int, int, int], list[float]] = {}
         self.shapes = [
             (tokens, w, hidden),
@@ -291,8 +288,10 @@ class StepClock:
 
     def __call__(self, progress: Progress) -> None:
         now = time.perf_counter(), time.process_time()
-        self.steps.append((now[0] - self.wall, now[1] - self.cpu))
-        self.sampling.append(progress.sampling_share)
+        wall = now[0] - self.wall
+        self.steps.append((wall, now[1] - self.cpu))
+        self.sampling.append(progress.sampling_share * wall)
+        self.tokens.append(progress.tokens_per_second * wall)
         for (a, b, c), (left, right) in zip(self.shapes, self.operands, strict=True):
             left @ right
             began = time.process_time()

@@ -5,7 +5,8 @@
 Each run trains a small network (width 64, 2 layers unless it says so) for the same CPU time on one
 core, sampling included, and is judged at the end of its schedule on tasks that it never saw: by the
 loss of y in nats per query and, for the Gaussian-process prior of one feature, its gap to the exact
-posterior. Runs are kept in results/studies-runs.json, so that a stopped study continues.
+posterior. Held-out contexts have 2, 8, 32 and 128 points with equal weight, as log-uniform sizes
+have. Runs are kept in results/studies-runs.json, so that a stopped study continues.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from pfn.fresh_tasks import named_generator
 from pfn.mixture import mixture_log_prob
 from pfn.optim import Optimizer
 from pfn.pretrain import Lesson, PretrainConfig, Sizes, architecture, draw_lesson, plan, schedule
@@ -50,8 +52,10 @@ HELD_OUT = 10**9  # a step that no training run reaches
 
 @dataclass(frozen=True)
 class Variant:
-    """One run's settings. `knows` is what the prior tells of its queries: one draw of each, their
-    conditional given the task's own latents, or these and further `particles`.
+    """One run's settings.
+
+    `particles` are the values of the latents behind each target, the task's own first; with
+    `single_draws` the prior shows one draw of each query and none of them.
     """
 
     prior: str = "gp-1d"
@@ -61,10 +65,10 @@ class Variant:
     width: int = 64
     layers: int = 2
     tokens: int = 1024
-    contexts: str = "log-uniform"
+    uniform_contexts: bool = False
     muon: bool = True
     lr: float = 5e-3
-    knows: str = "particles"
+    single_draws: bool = False
     particles: int = 32
     kernels: tuple[str, ...] = ("rbf", "matern52", "matern32")
     octaves: int = 6
@@ -86,7 +90,7 @@ class Variant:
             fourier_octaves=self.octaves,
             seconds=cpu_seconds,
             queries=self.queries,
-            particles=self.particles if self.knows == "particles" else 1,
+            particles=self.particles,
             tokens=self.tokens,
             micro_batches=1,
             buffer_share=0.0,
@@ -124,15 +128,17 @@ STUDIES: dict[str, dict[str, Variant]] = {
         f"{tokens} tokens, lr {lr}": Variant("gp", tokens=tokens, lr=lr)
         for tokens, lr in ((512, 3.5e-3), (1024, 5e-3), (2048, 7e-3), (4096, 1e-2))
     },
-    "contexts": {f"{law} sizes": Variant("gp", contexts=law) for law in ("log-uniform", "uniform")},
+    "contexts": {
+        "log-uniform sizes": Variant("gp"),
+        "uniform sizes": Variant("gp", uniform_contexts=True),
+    },
     "loss": {
         "8 draws from 32 particles": Variant(),
-        "8 draws from one conditional": Variant(knows="conditional"),
-        "one draw per query": Variant(knows="draws"),
+        "8 draws from one conditional": Variant(particles=1),
+        "one draw per query": Variant(single_draws=True),
     },
     "particles": {
-        "one conditional": Variant("gp", knows="conditional"),
-        **{f"{count} particles": Variant("gp", particles=count) for count in (4, 8, 16, 32)},
+        f"{count} particles": Variant("gp", particles=count) for count in (1, 4, 8, 16, 32)
     },
     "kernels": {
         "experts of three kernels": Variant(),
@@ -335,7 +341,7 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
     """Trains until the CPU time is spent, by the library's optimizer and schedule."""
     network = make_network(variant, config)
     trunk, prior = network.trunk, make_prior(variant.prior)
-    prior = SampleOnly(prior) if variant.knows == "draws" else prior
+    prior = SampleOnly(prior) if variant.single_draws else prior
     optimizer = Optimizer(trunk, weight_decay=config.weight_decay, muon=variant.muon)
     assert config.seconds is not None
     began, step, tasks = time.process_time(), 0, 0
@@ -357,9 +363,9 @@ def train(variant: Variant, config: PretrainConfig) -> tuple[Network, dict[str, 
 def sizes_of(variant: Variant, config: PretrainConfig, step: int, part: int) -> Sizes:
     """The library's sizes of a micro-batch, or as many tokens with contexts of uniform sizes."""
     sizes = plan(config, step, part)
-    if variant.contexts == "log-uniform":
+    if not variant.uniform_contexts:
         return sizes
-    generator = torch.Generator().manual_seed(step * config.micro_batches + part)
+    generator = named_generator(f"contexts/{config.seed}/{step}/{part}")
     n = int(torch.randint(config.max_context + 1, (), generator=generator))
     tokens = config.tokens / config.micro_batches
     return sizes._replace(context=n, batch=max(1, round(tokens / (n + config.queries))))
@@ -455,12 +461,18 @@ def table(study: str, cpu_seconds: float, path: Path, batch: int = 128) -> list[
         losses, exact = [figures["loss"] for figures in runs], reference(variant.prior, path, batch)
         row: dict[str, Any] = {"study": study, "variant": label, "seeds": seeds}
         row |= {"gap": None if exact is None else mean(losses) - exact, "loss": mean(losses)}
+        row |= {f"n = {n}": mean(_by_n(r)[n] for r in runs) for n in CONTEXTS}
         row |= {"spread": (max(losses) - min(losses)) / 2 if seeds > 1 else None}
         row |= {
             name: round(mean(r[name] for r in runs)) for name in ("steps", "tasks", "cpu_seconds")
         }
         rows.append(row)
     return rows
+
+
+def _by_n(figures: dict[str, Any]) -> dict[int, float]:
+    """Losses by size of the context, whose keys are words where they come from memory."""
+    return {int(n): loss for n, loss in figures["loss_by_n"].items()}
 
 
 def main(

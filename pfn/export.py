@@ -31,7 +31,7 @@ ANSWERS = tuple(
     f"{kind}{part}" for kind in ("", "latent_") for part in ("log_weights", "means", "stds")
 )
 
-SIZES = {
+AXES = {  # names of what is free in the data of a graph
     "x": ("batch", "points", "features"),
     "y": ("batch", "points"),
     "x_query": ("batch", "queries", "features"),
@@ -191,8 +191,12 @@ def _write(
     except ImportError as error:
         raise ImportError('Expected the extra `onnx`: pip install "pfn[onnx]".') from error
     free = tuple(
-        {i: Dim.AUTO for i, (a, b) in enumerate(zip(few.shape, more.shape, strict=True)) if a != b}
-        for few, more in zip(*examples, strict=True)
+        {
+            i: AXES[name][i] if name in AXES else Dim.AUTO
+            for i, (a, b) in enumerate(zip(few.shape, more.shape, strict=True))
+            if a != b
+        }
+        for name, few, more in zip(inputs, *examples, strict=True)
     )
 
     def inverse(matrix: Any) -> Any:
@@ -219,17 +223,4 @@ def _write(
         logger.setLevel(level)
         exporting.reset(token)
     assert program is not None
-    _name_sizes(program.model)
     program.save(path)
-
-
-def _name_sizes(model: Any) -> None:
-    """Calls the free sizes of a graph's data by their names, wherever they occur alone."""
-    graph, names = model.graph, {}
-    for value in graph.inputs:
-        sizes = zip(value.shape, SIZES.get(value.name, ()), strict=False)
-        names.update({str(size): name for size, name in sizes if not isinstance(size, int)})
-    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
-        for axis, size in enumerate(value.shape or ()):
-            if str(size) in names:
-                value.shape[axis] = names[str(size)]

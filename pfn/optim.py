@@ -89,8 +89,8 @@ class Optimizer:
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """The nearest (semi-)orthogonal matrices (k, rows, columns), to about 30 %, by Newton-Schulz.
 
-    On a GPU in bfloat16: the iteration tolerates rounding, and matrix units are fastest there. CPUs
-    without instructions for it take ten times as long as in float32.
+    In float32 on a CPU, as one without bfloat16 instructions takes ten times as long in that; in
+    bfloat16 elsewhere: the iteration tolerates rounding, and matrix units are fastest there.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.float() if matrices.device.type == "cpu" else matrices.to(torch.bfloat16)

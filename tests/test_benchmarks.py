@@ -107,7 +107,7 @@ def test_a_study_trains_judges_and_remembers(benchmark_module, tmp_path: Path) -
 
 def test_contexts_of_uniform_sizes_have_as_many_tokens(benchmark_module) -> None:
     studies: ModuleType = benchmark_module("studies")
-    uniform = studies.Variant("gp", contexts="uniform")
+    uniform = studies.Variant("gp", uniform_contexts=True)
     config = uniform.config(1.0)
 
     sizes = [studies.sizes_of(uniform, config, step, 0) for step in range(400)]
@@ -117,7 +117,9 @@ def test_contexts_of_uniform_sizes_have_as_many_tokens(benchmark_module) -> None
     assert float(n.mean()) == pytest.approx(config.max_context / 2, abs=4 * error)
     for size in sizes:
         per_task = size.context + config.queries
-        assert abs(size.batch * per_task - config.tokens) <= max(per_task / 2, config.queries)
+        assert abs(size.batch * per_task - config.tokens) <= per_task / 2
+    other = studies.sizes_of(uniform, replace(config, seed=1), 7, 0)
+    assert other.context != sizes[7].context
     own = studies.sizes_of(studies.Variant("gp"), config, 7, 0)
     assert own == studies.plan(config, 7, 0)
 
@@ -263,7 +265,7 @@ def test_the_report_writes_tables_between_its_marks_and_nowhere_else(
     front = tmp_path / "front.md"
     front.write_text("A.\n\n<!-- certificates -->\n\n<!-- end of certificates -->\n\nB.\n")
     monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "FRONT", front)
+    monkeypatch.setattr(report, "PROJECT_README", front)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
 
     report.main()
@@ -280,7 +282,7 @@ def test_the_report_writes_tables_between_its_marks_and_nowhere_else(
 
 def test_the_readme_has_the_certificates_of_the_cards(benchmark_module) -> None:
     report: ModuleType = benchmark_module("report")
-    assert report.markdown(report.certificates()) in report.FRONT.read_text()
+    assert report.markdown(report.certificates()) in report.PROJECT_README.read_text()
 
 
 def test_runs_of_other_weights_do_not_count(benchmark_module, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """bnn: networks of thirty tanh units whose weights are tuned to follow smooth Gaussian processes.
 
 A functional prior: random lengthscales and variances of the process are met by random variances of
-each layer, so that functions, not weights, are what is sensible. The match was made for one feature
-and holds for twelve, as weights are divided by the number of features, which stretches lengthscales
-with its square root. Few units keep NUTS, the reference, affordable, and features to be learned:
-the posterior is no Gaussian process, whatever its kernel.
+weights and hidden biases, so that functions, not weights, are what is sensible. The match was made
+for one feature and holds for twelve, as weights are divided by the number of features, which
+stretches lengthscales with its square root. Thirty units keep NUTS, the reference, affordable, and
+they learn features: the posterior is no Gaussian process, whatever its kernel.
 """
 
 import math
@@ -20,8 +20,9 @@ target = GaussianProcess(
     outputscale=LogNormal(0.0, 0.5),
     scale_with_dimension=True,
 )
-# Variances are what `priors.match` makes of InverseGamma(3, 20), three of them, and of 0.01 for the
-# readout's biases: written down to three digits, as the last ones depend on the machine.
+# What `match(network, target)` makes of a network with InverseGamma(3, 20) for all variances but
+# that of the readout's bias, 0.01; to three digits, as the last ones depend on the machine. The
+# variance of hidden biases ends at the bound of `match`, a centre of 20: NUTS dislikes steep units.
 prior = BNN(
     width=30,
     depth=1,
@@ -36,10 +37,10 @@ config = PretrainConfig(
     max_features=12,
     max_context=128,
     components=8,
-    expert_kernels=("rbf", "matern52"),
-    least_refinements=3,
+    expert_kernels=("rbf", "matern52"),  # functions are smooth, and some nearly steps
+    least_refinements=3,  # at few points as well: most of the gap is there
     fourier_octaves=3,
-    bf16=False,
+    bf16=False,  # slower on CPUs without instructions for it
     lr=5e-3,
     seconds=3900,
 )

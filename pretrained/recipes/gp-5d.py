@@ -1,9 +1,9 @@
 """gp-5d: functions of a Gaussian process whose hyperparameters are known, at up to 2000 points.
 
 The first experiment of the paper that proposed prior-fitted networks (Müller et al., ICLR 2022,
-section 5.1): five features, one kernel, answers beside the exact ones as the context grows. What
-never varies needs no reading of the data: one expert, none of the refinements, one small layer.
-All is in the units of the prior: pass `standardize=False`.
+section 5.1): up to five features, one kernel, answers beside the exact ones as the context grows.
+What never varies needs no reading of the data: one expert, no refinements, one small layer. All is
+in the units of the prior: pass `standardize=False`.
 """
 
 from pfn.pretrain import PretrainConfig
@@ -23,7 +23,7 @@ config = PretrainConfig(
     refinements=0,
     standardized_share=0.0,
     bounded_share=0.0,
-    bf16=False,
+    bf16=False,  # slower on CPUs without instructions for it
     lr=5e-3,
     seconds=600,
 )

@@ -72,9 +72,9 @@ def test_orthogonalize_brings_singular_values_to_one_within_a_third() -> None:
             expected = a * expected + b * expected**3 + c * expected**5
         assert (expected - 1).abs().max() < 1 / 3
         values = torch.linalg.svdvals(orthogonalize(matrices))
-        # bfloat16 rounds two products to 2^-9 in each iteration; the quintic is at most 4 steep
+        # float32 rounds two products to 2^-24 in each iteration; the quintic is at most 4 steep
         expected = expected.sort(descending=True).values.expand(3, -1)
-        torch.testing.assert_close(values, expected, rtol=0, atol=5 * 2 * 4 * 2**-9)
+        torch.testing.assert_close(values, expected, rtol=0, atol=2 * 4**5 * 2**-24)
 
 
 def test_orthogonalize_keeps_the_singular_directions() -> None:
@@ -83,7 +83,7 @@ def test_orthogonalize_keeps_the_singular_directions() -> None:
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     aligned = left.mT @ orthogonalize(matrices) @ right.mT
     off_diagonal = aligned - torch.diag_embed(aligned.diagonal(dim1=-2, dim2=-1))
-    assert off_diagonal.abs().max() < 0.05  # bfloat16
+    assert off_diagonal.abs().max() < 1e-4  # float32
 
 
 def test_orthogonalize_ignores_the_scale_of_the_gradient() -> None:

@@ -241,7 +241,7 @@ def test_complaints() -> None:
 
 
 @pytest.mark.parametrize("d", [1, 12])
-def test_the_networks_of_the_bnn_recipe_follow_their_target_at_any_number_of_features(
+def test_networks_of_the_bnn_recipe_follow_their_target_at_one_feature_and_at_twelve(
     d: int,
 ) -> None:
     recipe = runpy.run_path(str(RECIPES / "bnn.py"))
@@ -249,10 +249,11 @@ def test_the_networks_of_the_bnn_recipe_follow_their_target_at_any_number_of_fea
     matched = distance(recipe["prior"], recipe["target"], d=d, draws=256)
     default = distance(BNN(width=30, depth=1), recipe["target"], d=d, draws=256)
 
-    # sliced distances of 256 draws: 0.10 to the target, 0.10 among its own draws, 0.19 by default
-    assert matched.sliced < matched.floor + 4 * matched.sliced_error + 0.01
-    assert default.sliced > matched.sliced + 4 * default.sliced_error
-    assert matched.covariance < 0.1 < default.covariance
+    # with 256 draws, sliced distances are 0.11 and 0.12, as among draws of the target: 0.10, 0.12
+    error = math.hypot(matched.sliced_error, default.sliced_error)
+    assert matched.sliced < matched.floor + 4 * matched.sliced_error
+    assert default.sliced > matched.sliced + 4 * error
+    assert matched.covariance < default.covariance / 2  # 0.07 and 0.26, 0.06 and 0.30
 
 
 def test_every_activation_of_networks_has_a_dual() -> None:
