@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import gpytorch
 import torch
@@ -207,7 +207,7 @@ def training(repeats: int) -> Rows:
         config = PretrainConfig(
             max_features=12, width=256, heads=8, layers=6, expansion=4, bf16=bf16, tasks=1
         )
-        clock, useful = run_steps(prior, config, repeats)
+        clock, work = run_steps(prior, config, repeats)
         wall, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))
         rows.append(
             {
@@ -215,9 +215,9 @@ def training(repeats: int) -> Rows:
                 "precision": "bfloat16" if bf16 else "float32",
                 "ms": 1e3 * wall / repeats,
                 "CPU ms": 1e3 * cpu / repeats,
-                "GFLOP/s": useful / cpu / 1e9,
+                "GFLOP/s": work.operations / cpu / 1e9,
                 "peak GFLOP/s": clock.peak() / 1e9,
-                "share of peak": useful / cpu / clock.peak(),
+                "share of peak": work.operations / cpu / clock.peak(),
                 "goal": 0.5,
             }
         )
@@ -229,25 +229,32 @@ def recipes(repeats: int) -> Rows:
     rows, steps = [], 4 * repeats  # they are short
     for name in SHIPPED:
         _, prior, config = load_recipe(str(RECIPES / f"{name}.py"))
-        clock, useful = run_steps(prior, replace(config, bf16=False), steps)
+        clock, work = run_steps(prior, replace(config, bf16=False), steps)
         wall, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))
         rows.append(
             {
                 "recipe": name,
                 "network": f"{config.width} wide, {config.layers} layers",
                 "experts": 0 if config.causal else config.components,
-                "tokens/s": sum(clock.tokens[1:]) / cpu,
-                "GFLOP/s": useful / cpu / 1e9,
+                "tokens/s": work.tokens / cpu,
+                "GFLOP/s": work.operations / cpu / 1e9,
                 "peak GFLOP/s": clock.peak() / 1e9,
-                "share of peak": useful / cpu / clock.peak(),
+                "share of peak": work.operations / cpu / clock.peak(),
                 "share of draws": sum(clock.sampling[1:]) / wall,
             }
         )
     return rows
 
 
-def run_steps(prior: Prior, config: PretrainConfig, repeats: int) -> tuple[StepClock, float]:
-    """Times of a first step and `repeats` others, and the operations that these call for."""
+class Work(NamedTuple):
+    """What some steps call for."""
+
+    operations: float  # floating-point, of `training_flops`
+    tokens: int
+
+
+def run_steps(prior: Prior, config: PretrainConfig, repeats: int) -> tuple[StepClock, Work]:
+    """Times of a first step and `repeats` others, and the work of these."""
     sizes = [
         [plan(config, step, part) for part in range(config.micro_batches)]
         for step in range(repeats + 1)
@@ -258,8 +265,10 @@ def run_steps(prior: Prior, config: PretrainConfig, repeats: int) -> tuple[StepC
     with tempfile.TemporaryDirectory() as folder:
         pretrain(prior, config, Path(folder), report=clock)
     network = architecture(prior, config)
-    return clock, sum(
-        training_flops(network, size, config.queries) for parts in sizes[1:] for size in parts
+    timed = [size for parts in sizes[1:] for size in parts]
+    return clock, Work(
+        sum(training_flops(network, size, config.queries) for size in timed),
+        sum(size.batch * (size.context + size.buffer + config.queries) for size in timed),
     )
 
 
@@ -272,7 +281,6 @@ class StepClock:
         hidden = config.expansion * w
         self.steps: list[tuple[float, float]] = []
         self.sampling: list[float] = []  # seconds of each step
-        self.tokens: list[float] = []
         self.rates: dict[tuple[int, int, int], list[float]] = {}
         self.shapes = [
             (tokens, w, hidden),
@@ -291,7 +299,6 @@ class StepClock:
         wall = now[0] - self.wall
         self.steps.append((wall, now[1] - self.cpu))
         self.sampling.append(progress.sampling_share * wall)
-        self.tokens.append(progress.tokens_per_second * wall)
         for (a, b, c), (left, right) in zip(self.shapes, self.operands, strict=True):
             left @ right
             began = time.process_time()

@@ -18,6 +18,10 @@ from botorch.utils.multi_objective.hypervolume import Hypervolume
 from botorch.utils.multi_objective.pareto import is_non_dominated
 from torch.distributions import Normal
 
+from pfn.monitor import training_flops
+from pfn.pretrain import PretrainConfig, architecture, plan
+from priors import GaussianProcess
+
 
 @pytest.fixture
 def benchmark_module(monkeypatch: pytest.MonkeyPatch):
@@ -122,6 +126,40 @@ def test_contexts_of_uniform_sizes_have_as_many_tokens(benchmark_module) -> None
     assert other.context != sizes[7].context
     own = studies.sizes_of(studies.Variant("gp"), config, 7, 0)
     assert own == studies.plan(config, 7, 0)
+
+
+def test_an_answer_is_scored_by_the_mean_log_density_of_its_queries(benchmark_module) -> None:
+    papers: ModuleType = benchmark_module("papers")
+    y = torch.tensor([0.0, 1.0, 3.0])
+    context = torch.zeros(2, 1), torch.zeros(2)
+
+    def answer(context: object, x_query: torch.Tensor) -> Normal:
+        time.sleep(0.01)
+        return Normal(torch.zeros(len(x_query)), torch.ones(len(x_query)))
+
+    found = papers.timed(answer, context, torch.zeros(3, 1), y)
+
+    assert found.log_prob == pytest.approx(-0.5 * math.log(2 * math.pi) - 10 / 6)
+    assert found.seconds >= 0.01
+
+
+def test_measured_steps_are_those_whose_operations_are_counted(benchmark_module) -> None:
+    speed: ModuleType = benchmark_module("speed")
+    config = PretrainConfig(
+        max_context=8, width=16, heads=2, components=2, queries=4, tokens=64, bf16=False, tasks=1
+    )
+    prior = GaussianProcess(lengthscale=0.3, outputscale=1.0, noise=0.1)
+
+    clock, work = speed.run_steps(prior, config, 2)
+
+    assert len(clock.steps) == len(clock.sampling) == 3
+    assert all(
+        0 < share < wall for share, (wall, _) in zip(clock.sampling, clock.steps, strict=True)
+    )
+    sizes = [plan(config, step, part) for step in (1, 2) for part in range(config.micro_batches)]
+    network = architecture(prior, config)
+    assert work.operations == sum(training_flops(network, s, config.queries) for s in sizes)
+    assert work.tokens == pytest.approx(2 * config.tokens, rel=0.2)  # batches are whole numbers
 
 
 def test_contenders_take_turns_and_quick_ones_are_called_several_times(benchmark_module) -> None:
