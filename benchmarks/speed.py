@@ -39,7 +39,15 @@ from torch.distributions import LogNormal
 import pfn
 import surrogates
 from pfn.monitor import training_flops
-from pfn.pretrain import PretrainConfig, Progress, architecture, plan, pretrain
+from pfn.pretrain import (
+    PretrainConfig,
+    Progress,
+    architecture,
+    gains_by_bf16,
+    is_bf16,
+    plan,
+    pretrain,
+)
 from pfn.recipe import load_recipe
 from priors import GaussianProcess, Prior
 from surrogates.acquisition import suggest
@@ -203,7 +211,7 @@ def training(repeats: int) -> Rows:
     """Steps of `pfn.pretrain` at width 256, with matrix products at its shapes in between."""
     rows = []
     prior = GaussianProcess(ard=True, scale_with_dimension=True)
-    for bf16 in (False, True):
+    for bf16 in (False, True) if gains_by_bf16(torch.device("cpu")) else (False,):
         config = PretrainConfig(
             max_features=12, width=256, heads=8, layers=6, expansion=4, bf16=bf16, tasks=1
         )
@@ -225,11 +233,11 @@ def training(repeats: int) -> Rows:
 
 
 def recipes(repeats: int) -> Rows:
-    """Steps of the recipes of the shipped checkpoints, in float32."""
+    """Steps of the recipes of the shipped checkpoints."""
     rows, steps = [], 4 * repeats  # they are short
     for name in SHIPPED:
         _, prior, config = load_recipe(str(RECIPES / f"{name}.py"))
-        clock, work = run_steps(prior, replace(config, bf16=False), steps)
+        clock, work = run_steps(prior, config, steps)
         wall, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))
         rows.append(
             {
@@ -276,7 +284,8 @@ class StepClock:
     """Called after each training step: keeps its time, and runs matrix products at its shapes."""
 
     def __init__(self, config: PretrainConfig) -> None:
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        device = torch.device("cpu")
+        dtype = torch.bfloat16 if is_bf16(config, device) else torch.float32
         tokens, w = config.tokens // config.micro_batches, config.width
         hidden = config.expansion * w
         self.steps: list[tuple[float, float]] = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pfn.mixture import mixture_log_prob
 from pfn.network import Network
-from pfn.pretrain import PretrainConfig, Progress, Sizes, choose_device, plan
+from pfn.pretrain import PretrainConfig, Progress, Sizes, choose_device, is_bf16, plan
 from pfn.transformer import TransformerConfig
 from priors import Prior, ReferencePrior
 
@@ -216,7 +216,7 @@ def matrix_product_peak(
 ) -> float:
     """FLOP/s of the feed-forward layer's matrix product, the best of several timings."""
     rows, w = config.tokens // config.micro_batches, network.width
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = torch.bfloat16 if is_bf16(config, device) else torch.float32
     left = torch.randn(rows, w, device=device, dtype=dtype)
     right = torch.randn(w, network.expansion * w, device=device, dtype=dtype)
     best, began, repeats = 0.0, time.perf_counter(), 16

@@ -10,6 +10,7 @@ the objective; `optim.py` the update.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -75,7 +76,8 @@ class PretrainConfig:
         weight_decay: decoupled, of matrices only.
         clip: largest norm of the gradient.
         ema: decay per step of the averaged weights, in [0, 1); shorter at first.
-        bf16: matrix products in bfloat16 (master weights stay float32).
+        bf16: matrix products in bfloat16 (master weights stay float32); by default where the device
+            is faster so.
         compile: the feed-forward layers by torch.compile, where the device gains.
         seed: of the initial weights and of all draws.
         init: a checkpoint, by shipped name or path, whose weights the run begins with; by default
@@ -117,7 +119,7 @@ class PretrainConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.998
-    bf16: bool = True
+    bf16: bool | None = None
     compile: bool = False
     seed: int = 0
     init: str | None = None
@@ -191,6 +193,7 @@ def pretrain(
     rank, world = _join_processes(device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    bf16 = is_bf16(config, device)
     network = architecture(prior, config)
     with torch.random.fork_rng(devices=[]):  # initial weights come from the global generator
         torch.default_generator.manual_seed(config.seed)
@@ -226,7 +229,7 @@ def pretrain(
             began_draw = time.monotonic()
             lesson = draw_lesson(prior, network, config, sizes, step, part, device)
             draw_seconds += time.monotonic() - began_draw
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 value, report_y, excess = loss(model, lesson)
             (value / config.micro_batches).backward()
             total += torch.stack([report_y, excess]) / config.micro_batches
@@ -294,6 +297,27 @@ def begin_with(checkpoint: str, model: Network) -> None:
 def choose_device(device: str | torch.device | None) -> torch.device:
     """The given device; by default the GPU, where there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def is_bf16(config: PretrainConfig, device: torch.device) -> bool:
+    """Whether a run's matrix products are in bfloat16."""
+    return gains_by_bf16(device) if config.bf16 is None else config.bf16
+
+
+@functools.cache
+def gains_by_bf16(device: torch.device) -> bool:
+    """Whether matrix products are faster in bfloat16: CPUs without instructions for it crawl."""
+    if device.type != "cpu":
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(256, 256, dtype=dtype)
+        matrix @ matrix  # what happens once
+        began = time.perf_counter()
+        for _ in range(3):
+            matrix @ matrix
+        seconds[dtype] = time.perf_counter() - began
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 class Lesson(NamedTuple):

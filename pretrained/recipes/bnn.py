@@ -40,7 +40,6 @@ config = PretrainConfig(
     expert_kernels=("rbf", "matern52"),  # functions are smooth, and some nearly steps
     least_refinements=3,  # at few points as well: most of the gap is there
     fourier_octaves=3,
-    bf16=False,  # slower on CPUs without instructions for it
     lr=5e-3,
     seconds=3900,
 )

@@ -23,7 +23,6 @@ config = PretrainConfig(
     refinements=0,
     standardized_share=0.0,
     bounded_share=0.0,
-    bf16=False,  # slower on CPUs without instructions for it
     lr=5e-3,
     seconds=600,
 )

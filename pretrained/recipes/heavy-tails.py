@@ -32,7 +32,6 @@ config = PretrainConfig(
     least_refinements=3,  # at few points as well: most of the gap is there
     fourier_octaves=3,
     particles=8,  # kernels of networks are slow to draw from
-    bf16=False,  # slower on CPUs without instructions for it
     lr=5e-3,
     seconds=4600,
 )

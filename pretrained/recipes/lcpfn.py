@@ -23,7 +23,6 @@ config = PretrainConfig(
     tokens=4096,
     standardized_share=0.0,
     bounded_share=0.0,
-    bf16=False,
     lr=2e-3,
     seconds=3600,
 )

@@ -35,6 +35,8 @@ from pfn.pretrain import (
     architecture,
     draw_lesson,
     draw_targets,
+    gains_by_bf16,
+    is_bf16,
     latent_loss,
     latent_slots,
     loss,
@@ -184,6 +186,22 @@ def test_bfloat16_products_keep_float32_weights_and_the_same_loss(tmp_path: Path
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert rounded[0].loss != steps[0].loss
     assert abs(rounded[0].loss - steps[0].loss) < 10 * 2**-9  # bfloat16 keeps eight bits
+
+
+def test_bfloat16_is_the_default_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for faster in (False, True):
+        monkeypatch.setattr("pfn.pretrain.gains_by_bf16", lambda device, faster=faster: faster)
+        assert is_bf16(dataclasses.replace(CONFIG, bf16=None), cpu) is faster
+        assert is_bf16(dataclasses.replace(CONFIG, bf16=True), cpu)
+        assert not is_bf16(dataclasses.replace(CONFIG, bf16=False), cpu)
+
+
+def test_a_cpu_without_instructions_for_bfloat16_gains_nothing_by_it() -> None:
+    features = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if not features or "avx512" in features or "amx" in features or "bf16" in features:
+        pytest.skip("a CPU that may have them")
+    assert not gains_by_bf16(torch.device("cpu"))
 
 
 # Killed and continued
