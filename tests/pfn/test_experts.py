@@ -110,7 +110,7 @@ def test_experts_of_large_contexts_are_solved_in_pieces(
     theta = to_theta(hyperparameters(), KERNELS)
     points = seen_by_each(E, draw(2, 7, D).sigmoid(), draw(2, 7, seed=1).requires_grad_(recorded))
     at_once, slopes = solve(theta, points), evidence_slopes(theta, points)
-    monkeypatch.setattr("pfn.experts.LARGE", 4 * 7 * 7)
+    monkeypatch.setattr("pfn.experts.AT_ONCE_CPU", 4 * 7 * 7)
     counted = Mock(side_effect=pfn.experts._solve)
     monkeypatch.setattr("pfn.experts._solve", counted)
     for one, other in zip(solve(theta, points)[1:], at_once[1:], strict=True):
