@@ -29,10 +29,11 @@ import typer
 from numpy.typing import NDArray
 from objectives import PROBLEMS, REAL, Problem, hypervolume
 
+import pfn
 import surrogates
 from pfn.card import read_card
 from pfn.fresh_tasks import draw_tasks
-from pfn.library import find, load
+from pfn.library import find
 from pfn.plot import BLUE, GREY, INK, import_pyplot, quiet
 from priors import optimization
 from surrogates.optimize import STARTUP_TRIALS
@@ -139,7 +140,7 @@ def prior(
                 optimization(), n, d, tasks=tasks, queries=32, seed=2
             )
             ours, gp = (
-                load(name).predict((x, y), x_query, bounds=bounds).log_prob(y_query).mean(1)
+                pfn.predict((x, y), x_query, model=name, bounds=bounds).log_prob(y_query).mean(1)
                 for name in (MODEL, "gp")
             )
             ahead = ours - gp

@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Annotated, NamedTuple
 
@@ -34,7 +33,7 @@ from priors.nuts import Settings
 from priors.reference import nuts_posterior
 
 app = typer.Typer(help=__doc__, add_completion=False)
-FIVE = Path(__file__).parent.parent / "pretrained" / "small" / "gp-5d"
+FIVE = common.RECIPES.parent / "small" / "gp-5d"
 AT_ONCE = 64
 
 Data = tuple[Tensor, Tensor]  # x (n, d), y (n,)

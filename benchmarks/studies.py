@@ -34,7 +34,6 @@ from pfn.pretrain import Lesson, PretrainConfig, Sizes, architecture, draw_lesso
 from pfn.transformer import Block, Transformer, TransformerConfig
 from priors import GaussianProcess, Prior, ReferencePrior, Tasks
 
-RECIPES = Path(__file__).parent.parent / "pretrained" / "recipes"
 SEEDS = {  # runs per variant, one in the other studies
     "head": 2,
     "loss": 3,
@@ -187,7 +186,7 @@ def _inverse_chi(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def make_prior(name: str) -> Prior:
     file = "gp.py" if name == "gp" else "gp-1d.py"
-    recipe: GaussianProcess = runpy.run_path(str(RECIPES / file))["prior"]
+    recipe: GaussianProcess = runpy.run_path(str(common.RECIPES / file))["prior"]
     return HeavyTails(recipe) if name == "heavy-tails" else recipe
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CACHED = 2**16  # numbers, 512 KiB
 AT_ONCE = 2**27  # numbers, 1 GiB, in the matrices of experts that are solved at once
-AT_ONCE_CPU = 2**19  # 4 MiB: what its cache holds takes half the time
+AT_ONCE_CPU = 2**19  # 4 MiB, which its cache holds
 REFINED = 2048  # points of larger contexts that hyperparameters are refined on
 RIDGE = 1e-5  # least noise and least variance left, relative to an expert's variance; tenfold, what
 # the first retry of a Cholesky factorisation adds

@@ -89,8 +89,8 @@ class Optimizer:
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """The nearest (semi-)orthogonal matrices (k, rows, columns), to about 30 %, by Newton-Schulz.
 
-    In float32 on a CPU, as one without bfloat16 instructions takes ten times as long in that; in
-    bfloat16 elsewhere: the iteration tolerates rounding, and matrix units are fastest there.
+    In float32 on a CPU, as one without bfloat16 instructions emulates it. In bfloat16 elsewhere:
+    the iteration tolerates rounding, and matrix units are fastest there.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.float() if matrices.device.type == "cpu" else matrices.to(torch.bfloat16)

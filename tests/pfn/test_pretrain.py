@@ -35,7 +35,6 @@ from pfn.pretrain import (
     architecture,
     draw_lesson,
     draw_targets,
-    gains_by_bf16,
     is_bf16,
     latent_loss,
     latent_slots,
@@ -195,13 +194,6 @@ def test_bfloat16_is_the_default_where_it_is_faster(monkeypatch: pytest.MonkeyPa
         assert is_bf16(dataclasses.replace(CONFIG, bf16=None), cpu) is faster
         assert is_bf16(dataclasses.replace(CONFIG, bf16=True), cpu)
         assert not is_bf16(dataclasses.replace(CONFIG, bf16=False), cpu)
-
-
-def test_a_cpu_without_instructions_for_bfloat16_gains_nothing_by_it() -> None:
-    features = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if not features or "avx512" in features or "amx" in features or "bf16" in features:
-        pytest.skip("a CPU that may have them")
-    assert not gains_by_bf16(torch.device("cpu"))
 
 
 # Killed and continued
