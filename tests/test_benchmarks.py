@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -162,20 +163,31 @@ def test_measured_steps_are_those_whose_operations_are_counted(benchmark_module)
     assert work.tokens == sum(s.batch * (s.context + s.buffer + config.queries) for s in sizes)
 
 
-def test_contenders_take_turns_and_quick_ones_are_called_several_times(benchmark_module) -> None:
+def test_contenders_take_turns_and_quick_ones_are_called_several_times(
+    benchmark_module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     common: ModuleType = benchmark_module("common")
     calls: list[str] = []
-    contenders = {
-        "quick": lambda: calls.append("quick"),
-        "slow": lambda: calls.append("slow") or time.sleep(0.02),
-    }
+    clock = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(common.time, "process_time", lambda: clock["cpu"])
 
-    timings = common.measure(contenders, repeats=3, at_least=0.01)
+    def contender(name: str, wall: float, cpu: float) -> Callable[[], None]:
+        def call() -> None:
+            calls.append(name)
+            clock["wall"] += wall
+            clock["cpu"] += cpu
+
+        return call
+
+    contenders = {"quick": contender("quick", 2e-4, 1e-4), "slow": contender("slow", 0.02, 0.01)}
+    timings = common.measure(contenders, repeats=3, at_least=0.0101)
 
     turns = [name for name, _ in itertools.groupby(calls)]
     assert turns == ["quick", "slow"] * 4  # the first to see how long each takes
-    assert calls.count("slow") == 2 + 3 and calls.count("quick") > 300
-    assert timings["slow"].wall >= 0.02 > timings["slow"].cpu > timings["quick"].cpu > 0
+    assert calls.count("slow") == 2 + 3 and calls.count("quick") == 2 + 3 * 51
+    assert timings["slow"] == pytest.approx((0.02, 0.01))
+    assert timings["quick"] == pytest.approx((2e-4, 1e-4))
 
 
 def test_held_out_draws_come_with_their_exact_posterior_density(benchmark_module) -> None:

@@ -30,6 +30,7 @@ from surrogates.optimize import (
 )
 from surrogates.plots import _end_near, plot_best, plot_parallel, plot_slices
 from surrogates.sampler import LOST, PFNSampler, counted, stamp, write_attribute
+from surrogates.worker import is_dead
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -42,8 +43,12 @@ import os, sys, time
 from optuna.distributions import IntDistribution
 from surrogates.optimize import minimize
 
+calls = 0
+
 def f(x):
-    time.sleep(float(os.environ["NAP"]))
+    global calls
+    calls += 1
+    time.sleep(600 if calls == int(os.environ["HANGS_AT"]) else 0.02)
     if isinstance(x, dict):
         return float(x["i"] + x["j"])
     return float(((x - 0.3) ** 2).sum())
@@ -59,16 +64,17 @@ def bowl(x):
     return float(((x - 0.3) ** 2).sum())
 
 
-def start(folder, storage, surrogate, budget, space="box", nap=0.0, workers=1):
+def start(folder, storage, surrogate, budget, space="box", *, hangs_at=0, workers=1):
+    """A process that optimizes; each of its workers hangs at that evaluation, counted from 1."""
     path = folder / "script.py"
     path.write_text(SCRIPT)
     command = [sys.executable, str(path), storage, surrogate, str(budget), space, str(workers)]
-    return subprocess.Popen(command, env={**ENV, "NAP": str(nap)}, cwd=folder)
+    return subprocess.Popen(command, env={**ENV, "HANGS_AT": str(hangs_at)}, cwd=folder)
 
 
-def wait_for(storage, condition, seconds=90):
+def wait_for(storage, condition):
     """The study once `condition` holds of its trials."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         try:
             study = optuna.load_study(study_name="pfn", storage=storage)
@@ -82,6 +88,10 @@ def wait_for(storage, condition, seconds=90):
 
 def count(trials, state):
     return sum(trial.state == state for trial in trials)
+
+
+def running(trials):
+    return [trial for trial in trials if trial.state == TrialState.RUNNING]
 
 
 def points(study):
@@ -221,18 +231,16 @@ def test_a_storage_that_cannot_be_is_refused(tmp_path):
 def test_hanging_evaluations_are_killed_with_all_they_started(tmp_path):
     def f(params):
         if params["k"] % 2 or params["k"] == 4:
-            child = subprocess.Popen(["sleep", "60"])
+            child = subprocess.Popen(["sleep", "600"])
             (tmp_path / f"{params['k']}").write_text(str(child.pid))
         if params["k"] % 2:
-            time.sleep(60)
+            time.sleep(600)
         if params["k"] == 4:
             os._exit(7)
         return params["k"]
 
-    before = time.monotonic()
     space = {"k": IntDistribution(0, 5)}
-    result = minimize(f, space, budget=6, surrogate="sobol", trial_timeout=0.7)
-    assert time.monotonic() - before < 30
+    result = minimize(f, space, budget=6, surrogate="sobol", trial_timeout=2.0)
     errors = result.trace.set_index("k").error
     assert all("TimeoutError" in errors[k] for k in (1, 3, 5))
     assert "code 7" in errors[4]
@@ -287,16 +295,8 @@ def test_a_loop_goes_on_where_its_storage_is(tmp_path):
 
 def test_a_killed_loop_resumes_as_if_it_had_never_stopped(tmp_path):
     storage = f"sqlite:///{tmp_path}/a.db"
-    process = start(tmp_path, storage, "gp", 8, nap=1.0)
-
-    def in_the_fifth(trials):
-        return (
-            count(trials, TrialState.COMPLETE) == 4
-            and len(trials) == 5
-            and len(trials[4].params) == 2
-        )
-
-    wait_for(storage, in_the_fifth)
+    process = start(tmp_path, storage, "gp", 8, hangs_at=5)
+    wait_for(storage, lambda trials: len(trials) == 5 and len(trials[4].params) == 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = optuna.load_study(study_name="pfn", storage=storage).trials
@@ -346,7 +346,7 @@ def check_shared(storage, budget):
 
 def test_two_processes_share_a_storage_without_duplicates_or_lost_trials(tmp_path):
     storage = f"sqlite:///{tmp_path}/a.db"
-    processes = [start(tmp_path, storage, "sobol", 30, "grid", nap=0.02) for _ in range(2)]
+    processes = [start(tmp_path, storage, "sobol", 30, "grid") for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     check_shared(storage, 30)
 
@@ -354,7 +354,7 @@ def test_two_processes_share_a_storage_without_duplicates_or_lost_trials(tmp_pat
 @pytest.mark.slow
 def test_two_processes_share_a_hundred_trials_of_a_surrogate(tmp_path):
     storage = f"sqlite:///{tmp_path}/a.db"
-    processes = [start(tmp_path, storage, "pfn", 100, "grid", nap=0.02) for _ in range(2)]
+    processes = [start(tmp_path, storage, "pfn", 100, "grid") for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     check_shared(storage, 100)
 
@@ -364,7 +364,9 @@ def test_workers_share_the_budget(tmp_path, stored):
     storage = f"sqlite:///{tmp_path}/a.db" if stored else None
 
     def f(params):
-        time.sleep(0.05)  # or the first worker may be done before the second begins
+        (tmp_path / f"{os.getpid()}.here").touch()
+        while len(list(tmp_path.glob("*.here"))) < 2:  # the first worker waits for the second
+            time.sleep(0.01)
         return params["i"]
 
     result = minimize(f, GRID, 20, "sobol", storage=storage, workers=2)
@@ -397,12 +399,12 @@ def spawned(monkeypatch):
 
 
 def test_new_interpreters_evaluate_a_function_of_a_module(tmp_path, monkeypatch, spawned):
-    text = "import time\ndef f(p):\n    time.sleep(30 if p['i'] == 3 else 0)\n    return p['i']\n"
+    text = "import time\ndef f(p):\n    time.sleep(600 if p['i'] == 3 else 0)\n    return p['i']\n"
     (tmp_path / "objective_to_import.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     f = load_objective("objective_to_import:f")
     space = {"i": IntDistribution(0, 3)}
-    result = minimize(f, space, 4, "sobol", workers=2, trial_timeout=0.5)
+    result = minimize(f, space, 4, "sobol", workers=2, trial_timeout=3.0)
     trace = result.trace.sort_values("i")
     assert trace.value.tolist()[:3] == [0.0, 1.0, 2.0]
     assert trace.state.tolist()[3] == "fail" and "TimeoutError" in trace.error.tolist()[3]
@@ -417,14 +419,17 @@ def test_new_interpreters_refuse_a_local_function(spawned, settings):
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     storage = f"sqlite:///{tmp_path}/a.db"
-    process = start(tmp_path, storage, "sobol", 60, "grid", nap=0.1, workers=2)
-    study = wait_for(storage, lambda trials: count(trials, TrialState.COMPLETE) >= 3)
+    process = start(tmp_path, storage, "sobol", 60, "grid", hangs_at=3, workers=2)
+    study = wait_for(storage, lambda trials: len(running(trials)) == 2 and len(trials) == 6)
+    workers = {trial.system_attrs["pfn:worker"] for trial in running(study.trials)}
+    assert len(workers) == 2 and not any(is_dead(worker) for worker in workers)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(1.5)
-    after = len(study.trials)
-    time.sleep(1.0)
-    assert len(study.trials) == after < 60
+    deadline = time.monotonic() + 60
+    while not all(is_dead(worker) for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
+    assert len(study.trials) == 6
 
 
 def test_constraints_and_several_objectives():
