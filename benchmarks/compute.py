@@ -8,6 +8,9 @@ Cells are those of the certificate, and so are their tasks unless `--per-cell` s
 fit is a power law in the number of training tasks, which on one network and prior is proportional
 to compute, by weighted least squares of logarithms; the runs are asked the same, so that the errors
 of the gaps are correlated and the stated error of the slope is too large.
+
+Where the prior has no reference posterior, what is measured is the loss, and the power law falls to
+a limit that three runs decide: what training without end would leave of it.
 """
 
 from __future__ import annotations
@@ -21,14 +24,19 @@ import common  # first: it quietens OpenMP before torch starts
 import numpy as np
 import torch
 import typer
+from scipy.optimize import brentq
 
 import pfn
-from pfn.certify import compute_references, default_cells, gap_by_cell
+from pfn.certify import Cell, compute_references, default_cells, gap_by_cell
+from pfn.fresh_tasks import draw_tasks
+from pfn.model import PFN
 from pfn.recipe import load_recipe
-from priors import ReferencePrior
+from priors import Prior, ReferencePrior
 
 Array = np.ndarray
+Row = dict[str, Any]
 
+LOSS, GAIN, GAIN_ERROR = "loss, nats", "gained since the last run, nats", "error of the gain"
 
 app = typer.Typer(help=__doc__)
 
@@ -44,66 +52,116 @@ def measure(
         int | None, typer.Option(help="tasks of each cell; as in the certificate")
     ] = None,
 ) -> None:
-    """Prints one row per run: seconds, tasks, and the gap over the certificate's cells."""
+    """Prints one row per run: its tasks, and its gap, or its loss, over the certificate's cells."""
     torch.set_num_threads(1)
     name, prior, config = load_recipe(recipe)
-    assert isinstance(prior, ReferencePrior), "a gap needs a reference posterior"
     cells = default_cells(config.max_features, config.max_context)
     if per_cell is None:
         per_cell = 200 if config.max_features == 1 else 30
-    answers = compute_references(prior, cells, references, tasks=per_cell)
-    rows: list[dict[str, Any]] = []
-    for folder in runs:
-        network = pfn.load(folder)
+    networks = sorted(map(pfn.load, runs), key=lambda network: network.card.training["tasks"])
+    if isinstance(prior, ReferencePrior):
+        found = gaps(networks, prior, cells, references, per_cell)
+    else:
+        found = losses(networks, prior, cells, per_cell)
+    rows = []
+    for network, row in zip(networks, found, strict=True):
         spent = network.card.training
-        gap = gap_by_cell(network, prior, cells, answers)
-        by_n = {
-            f"n = {n}": _mean([row["mean"] for row in gap["cells"] if row["n"] == n])
-            for n in sorted({n for n, _ in cells})
-        }
-        rows.append(
-            {
-                "recipe": name,
-                "training s": round(spent["seconds"]),
-                "tasks": spent["tasks"],
-                "gap, nats": gap["mean"],
-                "standard error": gap["standard_error"],
-                **by_n,
-            }
-        )
-    rows.sort(key=lambda row: row["tasks"])
+        effort = {"training s": round(spent["seconds"]), "tasks": spent["tasks"]}
+        rows.append({"recipe": name, **effort, **row})
     common.save(f"compute-{name}", rows)
+
+
+def gaps(
+    networks: list[PFN], prior: ReferencePrior, cells: list[Cell], folder: Path, per_cell: int
+) -> list[Row]:
+    """Each network's gap to the reference posterior, on the same tasks."""
+    answers = compute_references(prior, cells, folder, tasks=per_cell)
+    rows = []
+    for network in networks:
+        gap = gap_by_cell(network, prior, cells, answers)
+        row = {"gap, nats": gap["mean"], "standard error": gap["standard_error"]}
+        rows.append(row | _by_n(cells, [cell["mean"] for cell in gap["cells"]]))
+    return rows
+
+
+def losses(networks: list[PFN], prior: Prior, cells: list[Cell], per_cell: int) -> list[Row]:
+    """Each network's negative log density of queries, and what it gains on the one before."""
+    drawn = [draw_tasks(prior, n, d, tasks=per_cell, queries=64, seed=0) for n, d in cells]
+    rows: list[Row] = []
+    before = None
+    for network in networks:
+        asked = [network.predict((s.x, s.y), s.x_query, standardize=False) for s in drawn]
+        loss = torch.stack(  # (cell, task)
+            [-said.log_prob(s.y_query).mean(1) for said, s in zip(asked, drawn, strict=True)]
+        ).double()
+        row = {LOSS: float(loss.mean())}
+        if before is not None:
+            gain = before - loss
+            error = (gain.var(1) / per_cell).sum().sqrt() / len(cells)
+            row |= {GAIN: float(gain.mean()), GAIN_ERROR: float(error)}
+        rows.append(row | _by_n(cells, loss.mean(1).tolist()))
+        before = loss
+    return rows
 
 
 @app.command()
 def fit(recipe: Annotated[str, typer.Argument(help="the name of one that was measured")]) -> None:
     """The power law of the measured gaps, and what it says of more compute."""
     rows = json.loads((common.RESULTS / f"compute-{recipe}.json").read_text())["rows"]
+    fitted = fit_losses(rows[-3:]) if LOSS in rows[0] else fit_gaps(rows)
+    common.save(f"compute-fit-{recipe}", fitted)
+
+
+def fit_gaps(rows: list[Row]) -> list[Row]:
+    """The law through all runs, then those through each two neighbours."""
     tasks, gaps, errors = (
         np.array([row[name] for row in rows], dtype=float)
         for name in ("tasks", "gap, nats", "standard error")
     )
     slope, error = power_law(tasks, gaps, errors)
     local = np.diff(np.log(gaps)) / np.diff(np.log(tasks))
-    rows = [
-        {
-            "between": f"{tasks[0]:,.0f} and {tasks[-1]:,.0f} tasks",
-            "exponent": slope,
-            "standard error": error,
-            "compute that halves the gap": 2 ** (-1 / slope),
-            "gap of ten times the compute": gaps[-1] * 10**slope,
-        }
-    ]
-    for i, each in enumerate(local):
-        rows.append(
-            {
-                "between": f"{tasks[i]:,.0f} and {tasks[i + 1]:,.0f} tasks",
-                "exponent": float(each),
-                "compute that halves the gap": 2 ** (-1 / each),
-                "gap of ten times the compute": gaps[-1] * 10**each,
-            }
-        )
-    common.save(f"compute-fit-{recipe}", rows)
+    fitted = [_law(tasks[0], tasks[-1], slope, gaps[-1], error)]
+    fitted += [_law(tasks[i], tasks[i + 1], float(each), gaps[-1]) for i, each in enumerate(local)]
+    return fitted
+
+
+def fit_losses(rows: list[Row]) -> list[Row]:
+    """The law with a limit through three runs; its error is that of the two gains' ratio."""
+    first, _, last = tasks = np.array([row["tasks"] for row in rows], dtype=float)
+    gains = np.array([row[GAIN] for row in rows[1:]])
+    slope, gap = law_with_limit(tasks, gains)
+    relative = np.array([row[GAIN_ERROR] for row in rows[1:]]) / gains
+    error = 2 * float(np.hypot(*relative)) / math.log(last / first)
+    return [_law(first, last, slope, gap, error) | {"gap of the last run": gap}]
+
+
+def law_with_limit(tasks: Array, gains: Array) -> tuple[float, float]:
+    """The slope of log(loss - limit) in log tasks, and the last run's distance from the limit.
+
+    Three runs and the two gains between them decide both.
+
+    Raises:
+        ValueError: if the second gain is not the smaller one per factor of tasks: no limit.
+    """
+
+    def mismatch(slope: float) -> float:
+        first, second = -np.diff((tasks / tasks[-1]) ** slope)
+        return float(first / second - gains[0] / gains[1])
+
+    if not 0 < gains[1] / math.log(tasks[2] / tasks[1]) < gains[0] / math.log(tasks[1] / tasks[0]):
+        raise ValueError(f"Expected gains that shrink, for losses with a limit; got {gains}.")
+    slope = float(brentq(mismatch, -10.0, -1e-6))
+    return slope, float(gains[1] / ((tasks[1] / tasks[2]) ** slope - 1))
+
+
+def _law(first: float, last: float, slope: float, gap: float, error: float | None = None) -> Row:
+    return {
+        "between": f"{first:,.0f} and {last:,.0f} tasks",
+        "exponent": slope,
+        "standard error": error,
+        "compute that halves the gap": 2 ** (-1 / slope),
+        "gap of ten times the compute": gap * 10**slope,
+    }
 
 
 def power_law(tasks: Array, gaps: Array, errors: Array) -> tuple[float, float]:
@@ -115,8 +173,11 @@ def power_law(tasks: Array, gaps: Array, errors: Array) -> tuple[float, float]:
     return float(slope), math.sqrt(covariance[0, 0])
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _by_n(cells: list[Cell], values: list[float]) -> Row:
+    """The mean over the cells of each size of context."""
+    sizes = sorted({n for n, _ in cells})
+    by_size = [[v for (n, _), v in zip(cells, values, strict=True) if n == size] for size in sizes]
+    return {f"n = {n}": sum(values) / len(values) for n, values in zip(sizes, by_size, strict=True)}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -387,3 +387,45 @@ def test_a_power_law_is_found_again(benchmark_module) -> None:
     slope, error = compute.power_law(tasks, gaps, 0.1 * gaps)
     assert slope == pytest.approx(-0.3)
     assert error == pytest.approx(0.1 / (math.sqrt(3) * np.log(tasks).std()))
+
+
+def test_a_power_law_with_a_limit_is_found_again(benchmark_module) -> None:
+    compute: ModuleType = benchmark_module("compute")
+    tasks = np.array([4e3, 1.7e4, 7e4])
+    losses = 1.3 + 20 * tasks**-0.6
+    slope, gap = compute.law_with_limit(tasks, -np.diff(losses))
+    assert slope == pytest.approx(-0.6)
+    assert gap == pytest.approx(losses[-1] - 1.3)
+    with pytest.raises(ValueError, match="gains that shrink"):
+        compute.law_with_limit(tasks, np.log(tasks[1:] / tasks[:-1]))
+
+
+def test_gains_of_runs_are_paired_by_task(benchmark_module) -> None:
+    compute: ModuleType = benchmark_module("compute")
+    prior = GaussianProcess(lengthscale=0.3, outputscale=1.0, noise=0.1)
+    offsets = torch.linspace(0.1, 0.3, 6).double()  # how much worse the first is, by task
+
+    class Exact:
+        """The prior's own posterior, made worse by a constant of each task."""
+
+        def __init__(self, offsets: torch.Tensor) -> None:
+            self.offsets = offsets
+
+        def predict(self, context, x_query, *, standardize: bool) -> SimpleNamespace:
+            assert not standardize
+            (x, y), said = context, []
+            for i in range(len(x)):
+                said.append(prior.posterior((x[i], y[i]), x_query[i]))
+            return SimpleNamespace(
+                log_prob=lambda y_query: (
+                    torch.stack([q.log_prob(v) for q, v in zip(said, y_query, strict=True)])
+                    - self.offsets[:, None]
+                )
+            )
+
+    first, second = compute.losses([Exact(offsets), Exact(0 * offsets)], prior, [(5, 1), (9, 1)], 6)
+    assert set(first) == {compute.LOSS, "n = 5", "n = 9"}
+    assert second[compute.GAIN] == pytest.approx(float(offsets.mean()))
+    assert first[compute.LOSS] - second[compute.LOSS] == pytest.approx(second[compute.GAIN])
+    expected = float(offsets.std()) / math.sqrt(2 * 6)  # two cells of six tasks
+    assert second[compute.GAIN_ERROR] == pytest.approx(expected)
