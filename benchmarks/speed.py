@@ -211,9 +211,18 @@ def training(repeats: int) -> Rows:
     """Steps of `pfn.pretrain` at width 256, with matrix products at its shapes in between."""
     rows = []
     prior = GaussianProcess(ard=True, scale_with_dimension=True)
-    for bf16 in (False, True) if gains_by_bf16(torch.device("cpu")) else (False,):
+    precisions = (False, True) if gains_by_bf16(torch.device("cpu")) else (False,)
+    for tokens, bf16 in itertools.product((2048, 8192), precisions):
         config = PretrainConfig(
-            max_features=12, width=256, heads=8, layers=6, expansion=4, bf16=bf16, tasks=1
+            max_features=12,
+            width=256,
+            heads=8,
+            layers=6,
+            expansion=4,
+            tokens=tokens,
+            micro_batches=tokens // 1024,
+            bf16=bf16,
+            tasks=1,
         )
         clock, work = run_steps(prior, config, repeats)
         wall, cpu = (sum(part) for part in zip(*clock.steps[1:], strict=True))

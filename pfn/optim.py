@@ -7,6 +7,7 @@ update is scaled as in Liu et al., 2025 (arXiv 2502.16982), so that both parts s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 
@@ -97,10 +98,30 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x.float(), keepdim=True).to(x.dtype) + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        x = _newton_schulz_factor(x @ x.mT, iterations) @ x
+    else:
+        for _ in range(iterations):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _newton_schulz_factor(gram: Tensor, iterations: int) -> Tensor:
+    """P (k, n, n) with P X what Newton-Schulz makes of X, from X X^T alone.
+
+    Each step multiplies X by a polynomial Q of X X^T, which becomes Q X X^T Q: products of small
+    matrices only, half the time where X is four times as wide as high. bfloat16 has not the digits.
+    """
+    a, b, c = NEWTON_SCHULZ
+    steps: list[Tensor] = []
+    for _ in range(iterations):
+        if steps:
+            gram = steps[-1] @ gram @ steps[-1]
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        steps.append(step)
+    return functools.reduce(torch.matmul, steps)  # they commute
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from priors.dual import ACTIVATIONS, Activation
 
-CACHED = 2**16  # matrix entries, 512 KiB
+CACHED = 2**17  # matrix entries, 1 MiB
 
 
 class NetworkKernels(NamedTuple):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from priors.reference import Marginal
 
 JITTER = 1e-10  # relative to the outputscale; raised tenfold only for tasks that fail to factorise
-CACHED = 2**16  # matrix entries, 512 KiB
+CACHED = 2**18  # matrix entries, 2 MiB
 
 
 class Hyperparameter(NamedTuple):
@@ -349,8 +349,13 @@ class KernelPrior(abc.ABC):
         self, x: Tensor, y: Tensor, theta: Mapping[str, Tensor], mean_variance: float
     ) -> tuple[Tensor, Tensor]:
         """The Cholesky factor L (task, n, n) of y's covariance, and L^-1 (y - mean) (task, n)."""
+        return self.whiten_by(self.covariance(x, x, theta) + mean_variance, y, theta)
+
+    def whiten_by(
+        self, covariance: Tensor, y: Tensor, theta: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The same where the covariance (task, n, n) of f is there already."""
         signal, noise = self.variances(theta)
-        covariance = self.covariance(x, x, theta) + mean_variance
         factor = cholesky(covariance, noise + JITTER * signal)
         centred = (y - theta["mean"].unsqueeze(-1)).unsqueeze(-1)
         return factor, torch.linalg.solve_triangular(factor, centred, upper=False).squeeze(-1)
@@ -411,12 +416,25 @@ def conditional_tasks(
 ) -> ConditionalTasks:
     """Observations at x (task, n, dim), and what they say of queries (task, m, dim)."""
     z = draw_normal(*x.shape[:2], 1, generator=generator)
-    factor = cholesky(process.covariance(x, x), process.noise + process.jitter)
-    return conditional_given(process, x, x_query, factor, z, visible)
+    within, cross = covariances(process, x, x_query)
+    factor = cholesky(within, process.noise + process.jitter)
+    return conditional_given(process, x, x_query, cross, factor, z, visible)
+
+
+def covariances(process: Process, x: Tensor, x_query: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariances of f between all x (task, n, n), and with queries (task, n, m), in one go."""
+    both = process.covariance(x, torch.cat([x, x_query], 1))
+    return both[..., : x.shape[1]], both[..., x.shape[1] :]
 
 
 def conditional_given(
-    process: Process, x: Tensor, x_query: Tensor, factor: Tensor, z: Tensor, visible: Tensor
+    process: Process,
+    x: Tensor,
+    x_query: Tensor,
+    cross: Tensor,
+    factor: Tensor,
+    z: Tensor,
+    visible: Tensor,
 ) -> ConditionalTasks:
     """The same where the observations are mean + L z already.
 
@@ -425,11 +443,11 @@ def conditional_given(
     factorisation that draws the tasks.
 
     Args:
+        cross: K_* (task, n, m).
         factor: L (task, n, n).
         z: (task, n, 1).
         visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
     """
-    cross = process.covariance(x, x_query)
     weights = torch.linalg.solve_triangular(factor, cross, upper=False)  # (task, point, query)
     seen = torch.arange(x.shape[1], device=x.device).unsqueeze(-1) < visible.to(x.device)
     weights = weights * seen

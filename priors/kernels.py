@@ -83,9 +83,7 @@ def linear(x: Tensor, z: Tensor, lengthscale: Tensor) -> Tensor:
 
 def _distance(x: Tensor, z: Tensor, lengthscale: Tensor) -> Tensor:
     """Scaled distances with a finite (zero) gradient where two points coincide."""
-    squared = squared_distance(x, z, lengthscale)
-    positive = squared > 1e-30
-    return torch.where(positive, squared.where(positive, torch.ones_like(squared)).sqrt(), 0.0)
+    return squared_distance(x, z, lengthscale).clamp_min(1e-30).sqrt()
 
 
 KERNELS: dict[str, Kernel] = {

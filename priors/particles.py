@@ -25,7 +25,14 @@ from torch.distributions import Distribution
 from priors.draws import draw_normal
 from priors.hyperpriors import Hyperpriors, coordinates
 from priors.inputs import draw_inputs
-from priors.kernel_prior import Hyperparameter, KernelPrior, conditional_given, observe, pieces
+from priors.kernel_prior import (
+    Hyperparameter,
+    KernelPrior,
+    conditional_given,
+    covariances,
+    observe,
+    pieces,
+)
 from priors.tasks import ParticleTasks
 
 # Step size of proposals in prior standard deviations, times sqrt((1 + observations) * values): of
@@ -92,10 +99,11 @@ def _explain(
         y: (k, n).
         visible: (m,).
     """
-    n = y.shape[1]
-    factor, z = prior.whiten(x[:, :n], y, theta, 0.0)
+    x, x_query = x.tensor_split([y.shape[1]], dim=1)
     process = prior.process(theta, x.shape[-1])
-    said = conditional_given(process, x[:, :n], x[:, n:], factor, z.unsqueeze(-1), visible)
+    within, cross = covariances(process, x, x_query)
+    factor, z = prior.whiten_by(within, y, theta)
+    said = conditional_given(process, x, x_query, cross, factor, z.unsqueeze(-1), visible)
     steps = -0.5 * z.square() - factor.diagonal(dim1=-2, dim2=-1).log()
     return F.pad(steps.cumsum(-1), (1, 0))[:, visible], said.mean, said.variance
 

@@ -126,7 +126,8 @@ class Searched:
         search = _Search(space, process, trend, bend, upwards, batch, generator)
         x, y, factor, z = search.run(n, ROUNDS if float(coin) < self.share else 0)
         x_query = search.queries(x, y, visible)
-        tasks = conditional_given(process, x, x_query, factor, z, visible)
+        cross = process.covariance(x, x_query)
+        tasks = conditional_given(process, x, x_query, cross, factor, z, visible)
         return tasks._replace(
             y=y,
             mean=tasks.mean + trend(x_query),
