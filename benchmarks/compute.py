@@ -32,6 +32,7 @@ from pfn.fresh_tasks import draw_tasks
 from pfn.model import PFN
 from pfn.recipe import load_recipe
 from priors import Prior, ReferencePrior
+from priors.tasks import knows_posterior
 
 Array = np.ndarray
 Row = dict[str, Any]
@@ -59,7 +60,7 @@ def measure(
     if per_cell is None:
         per_cell = 200 if config.max_features == 1 else 30
     networks = sorted(map(pfn.load, runs), key=lambda network: network.card.training["tasks"])
-    if isinstance(prior, ReferencePrior):
+    if knows_posterior(prior):
         found = gaps(networks, prior, cells, references, per_cell)
     else:
         found = losses(networks, prior, cells, per_cell)
