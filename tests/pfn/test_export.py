@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor
 
 import pfn
 import pfn.experts
-from pfn.card import ModelCard
+from pfn.card import ModelCard, save_checkpoint
 from pfn.export import ANSWERS, export_onnx
 from pfn.predictive import Predictive
-from pfn.transformer import Transformer
+from pfn.transformer import Transformer, TransformerConfig
 
 Graph = onnxruntime.InferenceSession
 
@@ -109,33 +108,34 @@ def test_one_context_is_encoded_once_for_all_queries(graphs: list[Graph]) -> Non
     np.testing.assert_allclose(one, at_once[:, 7:8], rtol=1e-5, atol=1e-5)
 
 
-def test_features_are_free_where_there_are_two(tmp_path: Path) -> None:
-    config = replace(pfn.load("gp").card.architecture, max_features=2, latents=())
+def test_the_command_writes_graphs_whose_features_are_free_where_there_are_two(
+    tmp_path: Path,
+) -> None:
+    config = TransformerConfig(
+        max_features=2, width=16, layers=1, heads=2, components=2, refinements=1
+    )  # so small that its graphs are written in less time
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Transformer(config)
-    model = pfn.PFN(network.eval(), ModelCard("two", config, None, max_context=64))
-    whole = start(export_onnx(model, tmp_path / "two.onnx")[0])
-    for d in (1, 2):
-        x, y, query = data(1, 9, 4, d)
-        feed = {"x": x.numpy(), "y": y.numpy(), "x_query": query.numpy()}
-        ours = as_predictives(whole.run(list(ANSWERS), feed))[0]
-        error = (ours.mean - model.predict((x, y), query).mean).abs() / y.std()
-        assert float(error.max()) < 1e-4
-
-
-def test_the_command_writes_graphs(untrained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "net.onnx"
-    command = [sys.executable, "-m", "pfn", "export", str(untrained), "--onnx", str(out)]
+    folder, out = tmp_path / "small", tmp_path / "net.onnx"
+    save_checkpoint(folder, network, ModelCard("small", config, None, max_context=64))
+    command = [sys.executable, "-m", "pfn", "export", str(folder), "--onnx", str(out)]
     done = subprocess.run(
         [*command, "--no-standardize"], capture_output=True, text=True, check=True
     )
     written = [Path(line) for line in done.stdout.split()]
     assert written == [out, tmp_path / "net-encode.onnx", tmp_path / "net-decode.onnx"]
-    x, y, query = np.array([[[0.2], [0.7]]]), np.array([[0.5, -0.3]]), np.array([[[0.4]]])
-    answers = start(out).run(list(ANSWERS), {"x": x, "y": y, "x_query": query})
-    theirs = pfn.predict((x, y), query, model=untrained, standardize=False)
-    torch.testing.assert_close(as_predictives(answers)[0].mean, theirs.mean, rtol=1e-4, atol=1e-4)
+    graph = start(out)
+    for n, m, d in ((2, 1, 1), (9, 4, 2)):
+        generator = torch.Generator().manual_seed(n)
+        x, x_query, y = (
+            torch.rand(shape, dtype=torch.float64, generator=generator)
+            for shape in ((1, n, d), (1, m, d), (1, n))
+        )
+        feed = {"x": x.numpy(), "y": y.numpy(), "x_query": x_query.numpy()}
+        ours = as_predictives(graph.run(list(ANSWERS), feed))[0]
+        theirs = pfn.predict((x, y), x_query, model=folder, standardize=False)
+        torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-4, atol=1e-4)
 
 
 def test_curves_are_refused(tmp_path: Path) -> None:
