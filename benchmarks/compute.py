@@ -27,7 +27,7 @@ import typer
 from scipy.optimize import brentq
 
 import pfn
-from pfn.certify import Cell, compute_references, default_cells, gap_by_cell
+from pfn.certify import Cell, compute_references, default_cells, gap_by_cell, log_prob
 from pfn.fresh_tasks import draw_tasks
 from pfn.model import PFN
 from pfn.recipe import load_recipe
@@ -37,7 +37,8 @@ from priors.tasks import knows_posterior
 Array = np.ndarray
 Row = dict[str, Any]
 
-LOSS, GAIN, GAIN_ERROR = "loss, nats", "gained since the last run, nats", "error of the gain"
+LOSS, GAIN, GAIN_ERROR = "loss, nats", "gained on the run before, nats", "error of the gain"
+SLOPES = (-10.0, -1e-6)  # of a law with a limit, between which its own is looked for
 
 app = typer.Typer(help=__doc__)
 
@@ -59,20 +60,32 @@ def measure(
     cells = default_cells(config.max_features, config.max_context)
     if per_cell is None:
         per_cell = 200 if config.max_features == 1 else 30
-    networks = sorted(map(pfn.load, runs), key=lambda network: network.card.training["tasks"])
+    networks = sorted(map(load, runs), key=lambda network: network.card.training["tasks"])
     if knows_posterior(prior):
-        found = gaps(networks, prior, cells, references, per_cell)
+        measured = measure_gaps(networks, prior, cells, references, per_cell)
     else:
-        found = losses(networks, prior, cells, per_cell)
+        measured = measure_losses(networks, prior, cells, per_cell)
     rows = []
-    for network, row in zip(networks, found, strict=True):
+    for network, row in zip(networks, measured, strict=True):
         spent = network.card.training
         effort = {"training s": round(spent["seconds"]), "tasks": spent["tasks"]}
         rows.append({"recipe": name, **effort, **row})
     common.save(f"compute-{name}", rows)
 
 
-def gaps(
+def load(folder: Path) -> PFN:
+    """The network of a run that began with random weights, so that its tasks are all it has had."""
+    network = pfn.load(folder)
+    start = network.card.training["recipe"].get("init")
+    if start:
+        raise ValueError(
+            f"Expected runs from random weights; {folder} began with those of {start!r}, so that"
+            " its tasks are not all that it has had."
+        )
+    return network
+
+
+def measure_gaps(
     networks: list[PFN], prior: ReferencePrior, cells: list[Cell], folder: Path, per_cell: int
 ) -> list[Row]:
     """Each network's gap to the reference posterior, on the same tasks."""
@@ -85,16 +98,16 @@ def gaps(
     return rows
 
 
-def losses(networks: list[PFN], prior: Prior, cells: list[Cell], per_cell: int) -> list[Row]:
+def measure_losses(
+    networks: list[PFN], prior: Prior, cells: list[Cell], per_cell: int
+) -> list[Row]:
     """Each network's negative log density of queries, and what it gains on the one before."""
-    drawn = [draw_tasks(prior, n, d, tasks=per_cell, queries=64, seed=0) for n, d in cells]
+    splits = [draw_tasks(prior, n, d, tasks=per_cell, queries=64, seed=0) for n, d in cells]
     rows: list[Row] = []
     before = None
     for network in networks:
-        asked = [network.predict((s.x, s.y), s.x_query, standardize=False) for s in drawn]
-        loss = torch.stack(  # (cell, task)
-            [-said.log_prob(s.y_query).mean(1) for said, s in zip(asked, drawn, strict=True)]
-        ).double()
+        by_task = [-log_prob(network, split).mean(1) for split in splits]
+        loss = torch.stack(by_task).double()  # (cell, task)
         row = {LOSS: float(loss.mean())}
         if before is not None:
             gain = before - loss
@@ -107,14 +120,13 @@ def losses(networks: list[PFN], prior: Prior, cells: list[Cell], per_cell: int) 
 
 @app.command()
 def fit(recipe: Annotated[str, typer.Argument(help="the name of one that was measured")]) -> None:
-    """The power law of the measured gaps, and what it says of more compute."""
+    """The power law of the measured gaps or losses, and what it says of more compute."""
     rows = json.loads((common.RESULTS / f"compute-{recipe}.json").read_text())["rows"]
-    fitted = fit_losses(rows[-3:]) if LOSS in rows[0] else fit_gaps(rows)
-    common.save(f"compute-fit-{recipe}", fitted)
+    common.save(f"compute-fit-{recipe}", fit_losses(rows) if LOSS in rows[0] else fit_gaps(rows))
 
 
 def fit_gaps(rows: list[Row]) -> list[Row]:
-    """The law through all runs, then those through each two neighbours."""
+    """The law through all runs, and those through each pair of neighbours."""
     tasks, gaps, errors = (
         np.array([row[name] for row in rows], dtype=float)
         for name in ("tasks", "gap, nats", "standard error")
@@ -127,13 +139,22 @@ def fit_gaps(rows: list[Row]) -> list[Row]:
 
 
 def fit_losses(rows: list[Row]) -> list[Row]:
-    """The law with a limit through three runs; its error is that of the two gains' ratio."""
-    first, _, last = tasks = np.array([row["tasks"] for row in rows], dtype=float)
-    gains = np.array([row[GAIN] for row in rows[1:]])
+    """The law with a limit through the last three runs.
+
+    Its error is that of the two gains' ratio, as if they were independent.
+
+    Raises:
+        ValueError: if fewer runs were measured, or as `law_with_limit` does.
+    """
+    if len(rows) < 3:
+        raise ValueError(f"Expected three runs, for a law with a limit; got {len(rows)}.")
+    tasks = np.array([row["tasks"] for row in rows[-3:]], dtype=float)
+    gains, errors = (np.array([row[name] for row in rows[-2:]]) for name in (GAIN, GAIN_ERROR))
     slope, gap = law_with_limit(tasks, gains)
-    relative = np.array([row[GAIN_ERROR] for row in rows[1:]]) / gains
-    error = 2 * float(np.hypot(*relative)) / math.log(last / first)
-    return [_law(first, last, slope, gap, error) | {"gap of the last run": gap}]
+    step = 1e-4  # of the ratio's logarithm
+    changed, _ = law_with_limit(tasks, gains * [1 + step, 1])
+    error = float(np.hypot(*(errors / gains))) * abs(changed - slope) / step
+    return [_law(tasks[0], tasks[-1], slope, gap, error) | {"gap of the last run": gap}]
 
 
 def law_with_limit(tasks: Array, gains: Array) -> tuple[float, float]:
@@ -142,16 +163,19 @@ def law_with_limit(tasks: Array, gains: Array) -> tuple[float, float]:
     Three runs and the two gains between them decide both.
 
     Raises:
-        ValueError: if the second gain is not the smaller one per factor of tasks: no limit.
+        ValueError: unless gains are positive and shrink per logarithm of tasks.
     """
 
     def mismatch(slope: float) -> float:
         first, second = -np.diff((tasks / tasks[-1]) ** slope)
         return float(first / second - gains[0] / gains[1])
 
-    if not 0 < gains[1] / math.log(tasks[2] / tasks[1]) < gains[0] / math.log(tasks[1] / tasks[0]):
-        raise ValueError(f"Expected gains that shrink, for losses with a limit; got {gains}.")
-    slope = float(brentq(mismatch, -10.0, -1e-6))
+    if gains.min() <= 0 or mismatch(SLOPES[0]) <= 0 or mismatch(SLOPES[1]) >= 0:
+        raise ValueError(
+            "Expected gains that are positive and shrink per logarithm of tasks, as towards a"
+            f" limit; got {gains} nats between runs of {tasks} tasks."
+        )
+    slope = float(brentq(mismatch, *SLOPES))
     return slope, float(gains[1] / ((tasks[1] / tasks[2]) ** slope - 1))
 
 
@@ -177,8 +201,8 @@ def power_law(tasks: Array, gaps: Array, errors: Array) -> tuple[float, float]:
 def _by_n(cells: list[Cell], values: list[float]) -> Row:
     """The mean over the cells of each size of context."""
     sizes = sorted({n for n, _ in cells})
-    by_size = [[v for (n, _), v in zip(cells, values, strict=True) if n == size] for size in sizes]
-    return {f"n = {n}": sum(values) / len(values) for n, values in zip(sizes, by_size, strict=True)}
+    by_size = [[v for (n, _), v in zip(cells, values, strict=True) if n == m] for m in sizes]
+    return {f"n = {n}": sum(size) / len(size) for n, size in zip(sizes, by_size, strict=True)}
 
 
 if __name__ == "__main__":

@@ -208,7 +208,10 @@ def draw(build: Callable[[Tensor], Any], n: int, d: int) -> tuple[Tensor, Tensor
 
 
 def training(repeats: int) -> Rows:
-    """Steps of `pfn.pretrain` at width 256, with matrix products at its shapes in between."""
+    """Steps of `pfn.pretrain` at width 256, with matrix products at its shapes in between.
+
+    Of as many tokens as by default, and as long runs take: the optimizer's share falls with them.
+    """
     rows = []
     prior = GaussianProcess(ard=True, scale_with_dimension=True)
     precisions = (False, True) if gains_by_bf16(torch.device("cpu")) else (False,)
@@ -220,7 +223,7 @@ def training(repeats: int) -> Rows:
             layers=6,
             expansion=4,
             tokens=tokens,
-            micro_batches=tokens // 1024,
+            micro_batches=tokens // 1024,  # of one size, as the products that they are held against
             bf16=bf16,
             tasks=1,
         )

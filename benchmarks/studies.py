@@ -34,7 +34,13 @@ from pfn.pretrain import Lesson, PretrainConfig, Sizes, architecture, draw_lesso
 from pfn.transformer import Block, Transformer, TransformerConfig
 from priors import GaussianProcess, Prior, ReferencePrior, Tasks
 
-SEEDS = {"loss": 3, "kernels": 3, "shape": 3, "octaves": 3, "queries": 3}  # 2 in other studies
+SEEDS = {
+    "loss": 3,
+    "kernels": 3,
+    "shape": 3,
+    "octaves": 3,
+    "queries": 3,
+}  # runs of a variant; else 2
 CONTEXTS = (2, 8, 32, 128)  # sizes of held-out contexts
 HELD_OUT = 10**9  # a step that no training run reaches
 
@@ -92,6 +98,8 @@ class Variant:
             seed=self.seed,
         )
 
+
+JUDGE = Variant(particles=8).config(1.0)  # of held-out tasks, whatever runs are trained with
 
 HEADS = ("normals", "student-t", "100 bars", "1000 bars")
 STUDIES: dict[str, dict[str, Variant]] = {
@@ -381,7 +389,7 @@ def reference(name: str, path: Path, batch: int) -> float | None:
     prior = make_prior(name)
     if not isinstance(prior, ReferencePrior) or name == "gp":
         return None
-    settings = architecture(prior, Variant().config(1.0))
+    settings = architecture(prior, JUDGE)
     by_n = []
     for n in CONTEXTS:
 
@@ -400,7 +408,7 @@ def reference(name: str, path: Path, batch: int) -> float | None:
 def held_out(prior: Prior, settings: TransformerConfig, n: int, batch: int) -> Lesson:
     features = min(5, settings.max_features)
     sizes = Sizes(batch, context=n, buffer=0, features=features, latents=False)
-    return _lesson(prior, settings, Variant().config(1.0), sizes, HELD_OUT + n)
+    return _lesson(prior, settings, JUDGE, sizes, HELD_OUT + n)
 
 
 def _lesson(

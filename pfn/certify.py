@@ -253,7 +253,7 @@ def gap_by_cell(
     for done, ((n, d), reference) in enumerate(zip(cells, references, strict=True)):
         tasks, queries = reference.log_prob.shape
         drawn = draw_tasks(prior, n, d, tasks=tasks, queries=queries, seed=seed)
-        difference = (reference.log_prob - _log_prob(pfn, drawn)).mean(1)  # (task,)
+        difference = (reference.log_prob - log_prob(pfn, drawn)).mean(1)  # (task,)
         error = reference.error.mean(1)
         differences.append(difference)
         rows.append(
@@ -453,7 +453,7 @@ def _latency_table(latency: dict[str, Any]) -> Table:
     return table
 
 
-def _log_prob(pfn: PFN, drawn: Split) -> Tensor:
+def log_prob(pfn: PFN, drawn: Split) -> Tensor:
     """log q(y) (task, query), in the prior's own units."""
     parts = []
     for x, y, x_query, y_query in zip(*(part.split(CHUNK) for part in drawn), strict=True):

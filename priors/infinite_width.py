@@ -163,7 +163,7 @@ def _per_task(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _in_pieces(kernel: Callable[..., Tensor], x: Tensor, z: Tensor, *per_task: Tensor) -> Tensor:
-    """All tasks at once, but on a CPU as many as its cache holds the matrices of: 5 x faster."""
+    """All tasks at once, but on a CPU in pieces whose matrices stay in the cache."""
     parts = (x, z, *per_task)
     batch = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))
     size = max(1, CACHED // max(1, x.shape[-2] * z.shape[-2]))

@@ -349,12 +349,12 @@ class KernelPrior(abc.ABC):
         self, x: Tensor, y: Tensor, theta: Mapping[str, Tensor], mean_variance: float
     ) -> tuple[Tensor, Tensor]:
         """The Cholesky factor L (task, n, n) of y's covariance, and L^-1 (y - mean) (task, n)."""
-        return self.whiten_by(self.covariance(x, x, theta) + mean_variance, y, theta)
+        return self.whiten_given(self.covariance(x, x, theta) + mean_variance, y, theta)
 
-    def whiten_by(
+    def whiten_given(
         self, covariance: Tensor, y: Tensor, theta: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The same where the covariance (task, n, n) of f is there already."""
+        """The same, given the covariance (task, n, n) of y without its noise."""
         signal, noise = self.variances(theta)
         factor = cholesky(covariance, noise + JITTER * signal)
         centred = (y - theta["mean"].unsqueeze(-1)).unsqueeze(-1)
@@ -418,7 +418,7 @@ def conditional_tasks(
     z = draw_normal(*x.shape[:2], 1, generator=generator)
     within, cross = covariances(process, x, x_query)
     factor = cholesky(within, process.noise + process.jitter)
-    return conditional_given(process, x, x_query, cross, factor, z, visible)
+    return conditional_given(process, x, x_query, visible, cross=cross, factor=factor, z=z)
 
 
 def covariances(process: Process, x: Tensor, x_query: Tensor) -> tuple[Tensor, Tensor]:
@@ -431,10 +431,11 @@ def conditional_given(
     process: Process,
     x: Tensor,
     x_query: Tensor,
+    visible: Tensor,
+    *,
     cross: Tensor,
     factor: Tensor,
     z: Tensor,
-    visible: Tensor,
 ) -> ConditionalTasks:
     """The same where the observations are mean + L z already.
 
@@ -443,10 +444,10 @@ def conditional_given(
     factorisation that draws the tasks.
 
     Args:
+        visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
         cross: K_* (task, n, m).
         factor: L (task, n, n).
         z: (task, n, 1).
-        visible: (m,) integers in 0 .. n, the number of leading observations that query j sees.
     """
     weights = torch.linalg.solve_triangular(factor, cross, upper=False)  # (task, point, query)
     seen = torch.arange(x.shape[1], device=x.device).unsqueeze(-1) < visible.to(x.device)
@@ -526,7 +527,7 @@ def _on_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
 
 
 def pieces(theta: Mapping[str, Tensor], x: Tensor, z: Tensor) -> Iterator[tuple[Any, ...]]:
-    """All tasks at once, but on a CPU as many as its cache holds the matrices of: 3 x faster."""
+    """All tasks at once, but on a CPU in pieces whose matrices stay in the cache."""
     batch, n = x.shape[:2]
     size = max(1, batch if x.device.type != "cpu" else CACHED // max(1, n * n))
     for start in range(0, max(1, batch), size):

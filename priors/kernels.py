@@ -82,7 +82,7 @@ def linear(x: Tensor, z: Tensor, lengthscale: Tensor) -> Tensor:
 
 
 def _distance(x: Tensor, z: Tensor, lengthscale: Tensor) -> Tensor:
-    """Scaled distances with a finite (zero) gradient where two points coincide."""
+    """Scaled distances, 1e-15 and with a gradient of zero where two points coincide."""
     return squared_distance(x, z, lengthscale).clamp_min(1e-30).sqrt()
 
 

@@ -99,11 +99,13 @@ def _explain(
         y: (k, n).
         visible: (m,).
     """
-    x, x_query = x.tensor_split([y.shape[1]], dim=1)
+    observed, queries = x.tensor_split([y.shape[1]], dim=1)
     process = prior.process(theta, x.shape[-1])
-    within, cross = covariances(process, x, x_query)
-    factor, z = prior.whiten_by(within, y, theta)
-    said = conditional_given(process, x, x_query, cross, factor, z.unsqueeze(-1), visible)
+    within, cross = covariances(process, observed, queries)
+    factor, z = prior.whiten_given(within, y, theta)
+    said = conditional_given(
+        process, observed, queries, visible, cross=cross, factor=factor, z=z.unsqueeze(-1)
+    )
     steps = -0.5 * z.square() - factor.diagonal(dim1=-2, dim2=-1).log()
     return F.pad(steps.cumsum(-1), (1, 0))[:, visible], said.mean, said.variance
 

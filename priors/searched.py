@@ -127,7 +127,7 @@ class Searched:
         x, y, factor, z = search.run(n, ROUNDS if float(coin) < self.share else 0)
         x_query = search.queries(x, y, visible)
         cross = process.covariance(x, x_query)
-        tasks = conditional_given(process, x, x_query, cross, factor, z, visible)
+        tasks = conditional_given(process, x, x_query, visible, cross=cross, factor=factor, z=z)
         return tasks._replace(
             y=y,
             mean=tasks.mean + trend(x_query),

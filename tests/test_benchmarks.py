@@ -169,8 +169,8 @@ def test_contenders_take_turns_and_quick_ones_are_called_several_times(
     common: ModuleType = benchmark_module("common")
     calls: list[str] = []
     clock = {"wall": 0.0, "cpu": 0.0}
-    monkeypatch.setattr(common.time, "perf_counter", lambda: clock["wall"])
-    monkeypatch.setattr(common.time, "process_time", lambda: clock["cpu"])
+    clocks = SimpleNamespace(perf_counter=lambda: clock["wall"], process_time=lambda: clock["cpu"])
+    monkeypatch.setattr(common, "time", clocks)
 
     def contender(name: str, wall: float, cpu: float) -> Callable[[], None]:
         def call() -> None:
@@ -185,7 +185,7 @@ def test_contenders_take_turns_and_quick_ones_are_called_several_times(
 
     turns = [name for name, _ in itertools.groupby(calls)]
     assert turns == ["quick", "slow"] * 4  # the first to see how long each takes
-    assert calls.count("slow") == 2 + 3 and calls.count("quick") == 2 + 3 * 51
+    assert calls.count("slow") == 2 + 3 and calls.count("quick") == 2 + 3 * 51  # 10.2 ms a turn
     assert timings["slow"] == pytest.approx((0.02, 0.01))
     assert timings["quick"] == pytest.approx((2e-4, 1e-4))
 
@@ -396,8 +396,27 @@ def test_a_power_law_with_a_limit_is_found_again(benchmark_module) -> None:
     slope, gap = compute.law_with_limit(tasks, -np.diff(losses))
     assert slope == pytest.approx(-0.6)
     assert gap == pytest.approx(losses[-1] - 1.3)
-    with pytest.raises(ValueError, match="gains that shrink"):
-        compute.law_with_limit(tasks, np.log(tasks[1:] / tasks[:-1]))
+    for gains in (np.log(tasks[1:] / tasks[:-1]), np.array([0.1, -0.01]), np.array([0.1, 1e-8])):
+        with pytest.raises(ValueError, match="shrink per logarithm"):
+            compute.law_with_limit(tasks, gains)
+
+
+def test_the_error_of_a_law_with_a_limit_is_that_of_its_gains(benchmark_module) -> None:
+    compute: ModuleType = benchmark_module("compute")
+    tasks = np.array([4e3, 1.6e4, 6.4e4])
+    gains, errors = -np.diff(20 * tasks**-0.6), np.array([1e-3, 5e-4])
+    rows = [{"tasks": each} for each in tasks]
+    for row, gain, error in zip(rows[1:], gains, errors, strict=True):
+        row |= {compute.GAIN: gain, compute.GAIN_ERROR: error}
+    with pytest.raises(ValueError, match="three runs"):
+        compute.fit_losses(rows[:2])
+    (law,) = compute.fit_losses(rows)
+    # evenly spaced, the slope is minus the logarithm of the gains' ratio over that of the tasks
+    expected = math.hypot(*(errors / gains)) / math.log(4)
+    assert law["exponent"] == pytest.approx(-0.6)
+    assert law["standard error"] == pytest.approx(expected, rel=1e-3)
+    assert law["gap of the last run"] == pytest.approx(20 * tasks[-1] ** -0.6)
+    assert law["compute that halves the gap"] == pytest.approx(2 ** (1 / 0.6))
 
 
 def test_gains_of_runs_are_paired_by_task(benchmark_module) -> None:
@@ -413,17 +432,13 @@ def test_gains_of_runs_are_paired_by_task(benchmark_module) -> None:
 
         def predict(self, context, x_query, *, standardize: bool) -> SimpleNamespace:
             assert not standardize
-            (x, y), said = context, []
-            for i in range(len(x)):
-                said.append(prior.posterior((x[i], y[i]), x_query[i]))
+            exact = prior.posterior(context, x_query)
             return SimpleNamespace(
-                log_prob=lambda y_query: (
-                    torch.stack([q.log_prob(v) for q, v in zip(said, y_query, strict=True)])
-                    - self.offsets[:, None]
-                )
+                log_prob=lambda y_query: exact.log_prob(y_query) - self.offsets[:, None]
             )
 
-    first, second = compute.losses([Exact(offsets), Exact(0 * offsets)], prior, [(5, 1), (9, 1)], 6)
+    cells = [(5, 1), (9, 1)]
+    first, second = compute.measure_losses([Exact(offsets), Exact(0 * offsets)], prior, cells, 6)
     assert set(first) == {compute.LOSS, "n = 5", "n = 9"}
     assert second[compute.GAIN] == pytest.approx(float(offsets.mean()))
     assert first[compute.LOSS] - second[compute.LOSS] == pytest.approx(second[compute.GAIN])

@@ -31,7 +31,6 @@ config = PretrainConfig(
     components=8,
     least_refinements=3,  # at few points as well: most of the gap is there
     fourier_octaves=3,
-    particles=8,  # kernels of networks are slow to draw from
     lr=5e-3,
     seconds=4600,
 )

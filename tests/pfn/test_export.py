@@ -108,12 +108,10 @@ def test_one_context_is_encoded_once_for_all_queries(graphs: list[Graph]) -> Non
     np.testing.assert_allclose(one, at_once[:, 7:8], rtol=1e-5, atol=1e-5)
 
 
-def test_the_command_writes_graphs_whose_features_are_free_where_there_are_two(
-    tmp_path: Path,
-) -> None:
+def test_the_command_writes_graphs_of_two_features_that_also_take_one(tmp_path: Path) -> None:
     config = TransformerConfig(
         max_features=2, width=16, layers=1, heads=2, components=2, refinements=1
-    )  # so small that its graphs are written in less time
+    )  # small, for each graph of `gp` takes a minute to write
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Transformer(config)
@@ -135,7 +133,7 @@ def test_the_command_writes_graphs_whose_features_are_free_where_there_are_two(
         feed = {"x": x.numpy(), "y": y.numpy(), "x_query": x_query.numpy()}
         ours = as_predictives(graph.run(list(ANSWERS), feed))[0]
         theirs = pfn.predict((x, y), x_query, model=folder, standardize=False)
-        torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-4, atol=1e-4)  # float32
 
 
 def test_curves_are_refused(tmp_path: Path) -> None:

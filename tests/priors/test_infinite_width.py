@@ -257,19 +257,21 @@ def test_every_task_has_its_own_network() -> None:
 
 
 def test_leading_axes_broadcast() -> None:
-    x, z = normal(2, 1, 100, 3), normal(80, 3, seed=1)
+    x, z = normal(2, 1, 150, 3), normal(120, 3, seed=1)
     weight = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    assert 2 * 5 * 150 * 120 > CACHED  # in pieces
     for function in (nngp, ntk):
         value = function(x, z, **network("gelu", 2, weight, 0.1))
-        assert value.shape == (2, 5, 100, 80)
+        assert value.shape == (2, 5, 150, 120)
         alone = function(x[1, 0], z, **network("gelu", 2, weight[3], 0.1))
         torch.testing.assert_close(value[1, 3], alone, atol=1e-13, rtol=1e-13)
-    assert nngp_variance(x, **network("gelu", 2, weight, 0.1)).shape == (2, 5, 100)
+    assert nngp_variance(x, **network("gelu", 2, weight, 0.1)).shape == (2, 5, 150)
 
 
 def test_gradients_flow_through_pieces() -> None:
-    n = 100
+    n = 150
     x = normal(9, n, 2)
+    assert len(x) * n**2 > CACHED
     weight = torch.full((9,), 1.5, dtype=torch.float64, requires_grad=True)
     (together,) = torch.autograd.grad(nngp(x, x, **network("relu", 2, weight)).sum(), weight)
     (alone,) = torch.autograd.grad(nngp(x[4], x[4], **network("relu", 2, weight[4])).sum(), weight)

@@ -124,3 +124,12 @@ def test_one_particle_is_the_conditional_of_the_latents() -> None:
     mean, _ = OTHERS.conditional(tasks.x, tasks.y, tasks.x_query[:, 1:], theta)
     torch.testing.assert_close(tasks.mean[:, 1:, 0], mean, rtol=1e-6, atol=1e-8)
     assert set(tasks.latents) == {"lengthscale", "outputscale", "mean", "kernel"}
+
+
+def test_tasks_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = draw(OTHERS, [2, 6])
+    monkeypatch.setattr("priors.kernel_prior.CACHED", 500)
+    pieces = draw(OTHERS, [2, 6])
+    for name in ("x", "y", "x_query", "log_weights", "mean", "variance", "noise"):
+        ours, theirs = getattr(pieces, name), getattr(whole, name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

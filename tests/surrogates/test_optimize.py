@@ -94,6 +94,12 @@ def running(trials):
     return [trial for trial in trials if trial.state == TrialState.RUNNING]
 
 
+def are_asked(trials):
+    """Whether two evaluations have begun and have all that a loop writes before them."""
+    begun = running(trials)
+    return len(begun) == 2 and all(len(trial.params) == 2 for trial in begun)
+
+
 def points(study):
     return [tuple(t.params.values()) for t in counted(study.trials) if t.state.is_finished()]
 
@@ -240,11 +246,12 @@ def test_hanging_evaluations_are_killed_with_all_they_started(tmp_path):
         return params["k"]
 
     space = {"k": IntDistribution(0, 5)}
-    result = minimize(f, space, budget=6, surrogate="sobol", trial_timeout=2.0)
+    result = minimize(f, space, budget=6, surrogate="sobol", trial_timeout=5.0)
     errors = result.trace.set_index("k").error
     assert all("TimeoutError" in errors[k] for k in (1, 3, 5))
     assert "code 7" in errors[4]
     assert result.x == {"k": 0}
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "4", "5"}
     for path in tmp_path.iterdir():
         status = Path(f"/proc/{path.read_text()}/stat")
         assert not status.exists() or " Z " in status.read_text()
@@ -362,10 +369,12 @@ def test_two_processes_share_a_hundred_trials_of_a_surrogate(tmp_path):
 @pytest.mark.parametrize("stored", [False, True])
 def test_workers_share_the_budget(tmp_path, stored):
     storage = f"sqlite:///{tmp_path}/a.db" if stored else None
+    deadline = time.monotonic() + 600
 
     def f(params):
         (tmp_path / f"{os.getpid()}.here").touch()
         while len(list(tmp_path.glob("*.here"))) < 2:  # the first worker waits for the second
+            assert time.monotonic() < deadline, "there is no second worker"
             time.sleep(0.01)
         return params["i"]
 
@@ -404,7 +413,7 @@ def test_new_interpreters_evaluate_a_function_of_a_module(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     f = load_objective("objective_to_import:f")
     space = {"i": IntDistribution(0, 3)}
-    result = minimize(f, space, 4, "sobol", workers=2, trial_timeout=3.0)
+    result = minimize(f, space, 4, "sobol", workers=2, trial_timeout=5.0)
     trace = result.trace.sort_values("i")
     assert trace.value.tolist()[:3] == [0.0, 1.0, 2.0]
     assert trace.state.tolist()[3] == "fail" and "TimeoutError" in trace.error.tolist()[3]
@@ -420,7 +429,7 @@ def test_new_interpreters_refuse_a_local_function(spawned, settings):
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     storage = f"sqlite:///{tmp_path}/a.db"
     process = start(tmp_path, storage, "sobol", 60, "grid", hangs_at=3, workers=2)
-    study = wait_for(storage, lambda trials: len(running(trials)) == 2 and len(trials) == 6)
+    study = wait_for(storage, lambda trials: len(trials) == 6 and are_asked(trials))
     workers = {trial.system_attrs["pfn:worker"] for trial in running(study.trials)}
     assert len(workers) == 2 and not any(is_dead(worker) for worker in workers)
     process.send_signal(signal.SIGKILL)
