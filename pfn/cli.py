@@ -194,6 +194,8 @@ def pretrain(
     }
     loaded = load_recipe(recipe, **settings)
     folder = out or Path("runs") / loaded.name
+    if (folder / "state.safetensors").exists():
+        typer.echo(f"Continuing the run in {folder}.", err=True)
     card = run(loaded, folder, device=device)
     if card:
         source = "" if card.prior else f" --prior {recipe}"

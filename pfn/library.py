@@ -38,8 +38,11 @@ def load(
         prior: the prior it was trained on, for a prior of your own that no card can rebuild.
 
     Raises:
-        ValueError: if there is no such checkpoint, or its files are damaged or too new.
+        ValueError: if there is no such checkpoint, its files are damaged or too new, or the prior
+            cannot be sampled.
     """
+    if prior is not None and not callable(getattr(prior, "sample", None)):
+        raise ValueError(f"Expected a prior with a method `sample`; got {prior!r}.")
     transformer, card = load_checkpoint(find(name), device)
     if prior is None and card.prior is not None:
         prior = from_config(card.prior)

@@ -863,10 +863,13 @@ def _load_state(
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for part, expected in _identity(config, model.config).items():
-        if metadata.get(part) != expected:
+        saved = metadata.get(part, "{}")
+        if saved != expected:
             raise ValueError(
-                f"Expected the state of this recipe and prior in {path}, with {part} {expected};"
-                f" got {metadata.get(part)}. Choose another output folder or remove the file."
+                f"Expected the state of this recipe and prior in {path}; got another {part}:"
+                f" {_differences(saved, expected)}. Choose another output folder,"
+                f" with --init {path.parent} to begin with what a finished run has learned, or"
+                " remove the file."
             )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -875,6 +878,13 @@ def _load_state(
     optimizer.load({name: tensors[f"optimizer.{name}"] for name in optimizer.state})
     progress = json.loads(metadata["progress"])
     return progress["step"], progress["tasks"], progress["seconds"]
+
+
+def _differences(saved: str, wanted: str) -> str:
+    """In words, the settings that differ between two JSON objects."""
+    old, new = json.loads(saved), json.loads(wanted)
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return ", ".join(f"{name} {old.get(name)}, now {new.get(name)}" for name in names)
 
 
 def _identity(config: PretrainConfig, network: TransformerConfig) -> dict[str, str]:

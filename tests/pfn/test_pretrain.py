@@ -293,22 +293,29 @@ def test_initial_weights_of_another_architecture_are_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("prior", "changes"),
+    ("prior", "changes", "words"),
     [
-        (GaussianProcess(), {"lr": 1e-3}),
-        (GaussianProcess(), {"seed": 1}),
-        (GaussianProcess(), {"width": 32}),
-        (GaussianProcess(lengthscale=LogNormal(0.0, 0.3)), {}),
-        (Lines(), {}),
+        (GaussianProcess(), {"lr": 1e-3}, "recipe: lr {lr}, now 0.001."),
+        (GaussianProcess(), {"seed": 1}, "recipe: seed 0, now 1."),
+        (
+            GaussianProcess(),
+            {"width": 32, "lr": 1e-3},
+            "lr {lr}, now 0.001, width {width}, now 32.",
+        ),
+        (GaussianProcess(lengthscale=LogNormal(0.0, 0.3)), {}, "network: latents"),
+        (Lines(), {}, "network: "),
     ],
 )
 def test_the_state_of_another_recipe_or_prior_is_refused(
-    tmp_path: Path, prior: Prior, changes: dict[str, Any]
+    tmp_path: Path, prior: Prior, changes: dict[str, Any], words: str
 ) -> None:
     config = dataclasses.replace(CONFIG, tasks=20)
     run(GaussianProcess(), config, tmp_path)
-    with pytest.raises(ValueError, match=r"state of this recipe and prior.*got.*remove the file"):
+    with pytest.raises(
+        ValueError, match=r"state of this recipe and prior.*got.*remove the file"
+    ) as caught:
         run(prior, dataclasses.replace(config, **changes), tmp_path)
+    assert words.format(lr=CONFIG.lr, width=CONFIG.width) in str(caught.value)
 
 
 @pytest.mark.parametrize("budget", [{}, {"seconds": 1.0, "tasks": 5}])
