@@ -260,6 +260,8 @@ def test_a_pfn_is_loaded_from_a_folder_with_a_prior_of_ones_own(folder: Path) ->
         assert pfn.load(path).card == read_card(folder)
     assert pfn.load(folder).prior is None
     assert pfn.load(folder, prior=mine).prior is mine
+    with pytest.raises(ValueError, match="a prior with a method `sample`; got 3"):
+        pfn.load(folder, prior=3)
 
 
 def test_a_model_that_does_not_exist_is_named() -> None:
