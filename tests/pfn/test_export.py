@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pfn
 import pfn.experts
-from pfn.card import ModelCard, save_checkpoint
+from pfn.card import ModelCard
 from pfn.export import ANSWERS, export_onnx
 from pfn.predictive import Predictive
 from pfn.transformer import Transformer, TransformerConfig
@@ -29,12 +29,11 @@ def start(path: Path) -> Graph:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    model = pfn.load("gp")
-    model.transformer.train()
-    written = export_onnx(model, tmp_path_factory.mktemp("onnx") / "gp.onnx")
-    assert model.transformer.training  # it is as it was
-    assert not pfn.experts.exporting.get()
-    return written
+    """Those that the command writes."""
+    out = tmp_path_factory.mktemp("onnx") / "gp.onnx"
+    command = [sys.executable, "-m", "pfn", "export", "gp", "--onnx", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [Path(line) for line in done.stdout.split()]
 
 
 @pytest.fixture(scope="module")
@@ -108,22 +107,25 @@ def test_one_context_is_encoded_once_for_all_queries(graphs: list[Graph]) -> Non
     np.testing.assert_allclose(one, at_once[:, 7:8], rtol=1e-5, atol=1e-5)
 
 
-def test_the_command_writes_graphs_of_two_features_that_also_take_one(tmp_path: Path) -> None:
+def test_the_command_names_what_it_writes(paths: list[Path]) -> None:
+    assert [path.name for path in paths] == ["gp.onnx", "gp-encode.onnx", "gp-decode.onnx"]
+    assert all(path.parent == paths[0].parent for path in paths)
+
+
+@pytest.mark.slow
+def test_graphs_of_two_features_also_take_one_in_the_units_of_the_prior(tmp_path: Path) -> None:
     config = TransformerConfig(
         max_features=2, width=16, layers=1, heads=2, components=2, refinements=1
-    )  # small, for each graph of `gp` takes a minute to write
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Transformer(config)
-    folder, out = tmp_path / "small", tmp_path / "net.onnx"
-    save_checkpoint(folder, network, ModelCard("small", config, None, max_context=64))
-    command = [sys.executable, "-m", "pfn", "export", str(folder), "--onnx", str(out)]
-    done = subprocess.run(
-        [*command, "--no-standardize"], capture_output=True, text=True, check=True
-    )
-    written = [Path(line) for line in done.stdout.split()]
-    assert written == [out, tmp_path / "net-encode.onnx", tmp_path / "net-decode.onnx"]
-    graph = start(out)
+    model = pfn.PFN(network.train(), ModelCard("small", config, None, max_context=64))
+    written = export_onnx(model, tmp_path / "small.onnx", standardize=False)
+    assert model.transformer.training  # it is as it was
+    assert not pfn.experts.exporting.get()
+    model.transformer.eval()
+    graph = start(written[0])
     for n, m, d in ((2, 1, 1), (9, 4, 2)):
         generator = torch.Generator().manual_seed(n)
         x, x_query, y = (
@@ -132,7 +134,7 @@ def test_the_command_writes_graphs_of_two_features_that_also_take_one(tmp_path: 
         )
         feed = {"x": x.numpy(), "y": y.numpy(), "x_query": x_query.numpy()}
         ours = as_predictives(graph.run(list(ANSWERS), feed))[0]
-        theirs = pfn.predict((x, y), x_query, model=folder, standardize=False)
+        theirs = model.predict((x, y), x_query, standardize=False)
         torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-4, atol=1e-4)  # float32
 
 
