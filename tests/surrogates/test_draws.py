@@ -252,7 +252,8 @@ def test_hypervolume_improves_beside_a_gp() -> None:
     acquisition = qLogNoisyExpectedHypervolumeImprovement(
         models, ref_point=[-3.0, -3.0], X_baseline=X, prune_baseline=True, cache_root=False
     )
-    X_new, value = optimize_acqf(acquisition, BOUNDS, q=2, num_restarts=1, raw_samples=8)
+    few = {"maxiter": 5}
+    X_new, value = optimize_acqf(acquisition, BOUNDS, 2, num_restarts=1, raw_samples=8, options=few)
     assert X_new.shape == (2, 2) and bool(value.isfinite())
 
 

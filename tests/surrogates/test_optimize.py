@@ -246,7 +246,7 @@ def test_hanging_evaluations_are_killed_with_all_they_started(tmp_path):
         return params["k"]
 
     space = {"k": IntDistribution(0, 5)}
-    result = minimize(f, space, budget=6, surrogate="sobol", trial_timeout=5.0)
+    result = minimize(f, space, budget=6, surrogate="sobol", trial_timeout=3.0)
     errors = result.trace.set_index("k").error
     assert all("TimeoutError" in errors[k] for k in (1, 3, 5))
     assert "code 7" in errors[4]
@@ -413,7 +413,7 @@ def test_new_interpreters_evaluate_a_function_of_a_module(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     f = load_objective("objective_to_import:f")
     space = {"i": IntDistribution(0, 3)}
-    result = minimize(f, space, 4, "sobol", workers=2, trial_timeout=5.0)
+    result = minimize(f, space, 4, "sobol", workers=2, trial_timeout=3.0)
     trace = result.trace.sort_values("i")
     assert trace.value.tolist()[:3] == [0.0, 1.0, 2.0]
     assert trace.state.tolist()[3] == "fail" and "TimeoutError" in trace.error.tolist()[3]
