@@ -137,7 +137,7 @@ def test_acquisitions_find_the_maximum(model: Any) -> None:
         assert float(bowl(X).max()) > 0.7  # of at most 1
 
 
-def test_hypervolume_improves_beside_another_model(model: Any) -> None:
+def test_hypervolume_is_searched_beside_another_model(model: Any) -> None:
     X = draw_inputs(8)
     other = fit_gp(X, X[:, :1], input_transform=Normalize(2, bounds=BOUNDS))
     acquisition = qLogNoisyExpectedHypervolumeImprovement(

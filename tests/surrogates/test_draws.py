@@ -245,7 +245,7 @@ def test_acquisitions_climb_to_the_corner() -> None:
             assert float(X.sum(-1).max()) > 1.99
 
 
-def test_hypervolume_improves_beside_a_gp() -> None:
+def test_hypervolume_is_searched_beside_a_gp() -> None:
     X = points(8)
     models = ModelList(planes(), SingleTaskGP(X, X[:, :1]))
     assert isinstance(models.posterior(X), PosteriorList)
