@@ -195,7 +195,8 @@ def pretrain(
     loaded = load_recipe(recipe, **settings)
     folder = out or Path("runs") / loaded.name
     if (folder / "state.safetensors").exists():
-        typer.echo(f"Continuing the run in {folder}.", err=True)
+        ended = (folder / "card.json").exists()
+        typer.echo(f"The run in {folder} {'has ended' if ended else 'continues'}.", err=True)
     card = run(loaded, folder, device=device)
     if card:
         source = "" if card.prior else f" --prior {recipe}"

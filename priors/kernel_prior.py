@@ -416,15 +416,15 @@ def conditional_tasks(
 ) -> ConditionalTasks:
     """Observations at x (task, n, dim), and what they say of queries (task, m, dim)."""
     z = draw_normal(*x.shape[:2], 1, generator=generator)
-    within, cross = covariances(process, x, x_query)
+    within, cross = covariances(process, torch.cat([x, x_query], 1), x.shape[1])
     factor = cholesky(within, process.noise + process.jitter)
     return conditional_given(process, x, x_query, visible, cross=cross, factor=factor, z=z)
 
 
-def covariances(process: Process, x: Tensor, x_query: Tensor) -> tuple[Tensor, Tensor]:
-    """Covariances of f between all x (task, n, n), and with queries (task, n, m), in one go."""
-    both = process.covariance(x, torch.cat([x, x_query], 1))
-    return both[..., : x.shape[1]], both[..., x.shape[1] :]
+def covariances(process: Process, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of f at the first n of x (task, n + m, dim): (task, n, n), and with the rest (task, n, m)."""
+    both = process.covariance(x[:, :n], x)
+    return both[..., :n], both[..., n:]
 
 
 def conditional_given(

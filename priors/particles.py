@@ -99,12 +99,12 @@ def _explain(
         y: (k, n).
         visible: (m,).
     """
-    observed, queries = x.tensor_split([y.shape[1]], dim=1)
+    n = y.shape[1]
     process = prior.process(theta, x.shape[-1])
-    within, cross = covariances(process, observed, queries)
+    within, cross = covariances(process, x, n)
     factor, z = prior.whiten_given(within, y, theta)
     said = conditional_given(
-        process, observed, queries, visible, cross=cross, factor=factor, z=z.unsqueeze(-1)
+        process, x[:, :n], x[:, n:], visible, cross=cross, factor=factor, z=z.unsqueeze(-1)
     )
     steps = -0.5 * z.square() - factor.diagonal(dim1=-2, dim2=-1).log()
     return F.pad(steps.cumsum(-1), (1, 0))[:, visible], said.mean, said.variance

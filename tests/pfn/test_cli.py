@@ -200,7 +200,9 @@ def test_a_prior_of_your_own_is_pretrained_kept_and_certified(
     assert load(out).predict(([0.0, 1.0], [0.0, 1.0]), [0.5]).mean.isfinite().all()
 
     written = (out / "card.json").read_bytes()
-    assert run(monkeypatch, "pretrain", source, *TINY, "--out", out) == 0  # it has ended
+    capsys.readouterr()
+    assert run(monkeypatch, "pretrain", source, *TINY, "--out", out) == 0
+    assert f"The run in {out} has ended." in capsys.readouterr().err
     assert (out / "card.json").read_bytes() == written
 
     capsys.readouterr()
